@@ -1,1 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Sparse attention for long-context language models: every head its own sparsity, one call.
+
+    import sparse_attn
+    out = sparse_attn.attention(q, k, v, pattern)  # [batch, heads, seqlen, head_dim]
+"""
+
+from sparse_attn.attention import (
+    attention,
+    attention_decode,
+    attention_ranges,
+    attention_varlen,
+    merge_states,
+)
+from sparse_attn.backends import UnsupportedError
+from sparse_attn.index import Density, HeadKind, SparseIndex
+from sparse_attn.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    Pattern,
+    PerHead,
+    SlidingWindow,
+    VerticalSlash,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AShape",
+    "BlockSparse",
+    "Dense",
+    "Density",
+    "HeadKind",
+    "Pattern",
+    "PerHead",
+    "SlidingWindow",
+    "SparseIndex",
+    "UnsupportedError",
+    "VerticalSlash",
+    "attention",
+    "attention_decode",
+    "attention_ranges",
+    "attention_varlen",
+    "merge_states",
+]

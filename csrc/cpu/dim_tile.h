@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a few query rows (decode), vectorised over head_dim: each key and value row is read
+// once for all rows of the tile, in the order it lies in memory, so that the loop runs at memory
+// bandwidth. 16-bit keys and values are widened in registers; all arithmetic is float32.
+//
+//   score:      kLanes (row, key) dot products at a time, reduced together by one lane-sum tree
+//   accumulate: acc[row][dim] += P[row][key] V[key][dim] for a register block of (row, dim)
+#pragma once
+
+#include "kernels.h"
+#include "row_tile.h"
+#include "vec.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+// A vector of lane sums holds kLanes (row, key) products, so no more rows than lanes.
+constexpr int kDimRows = kLanes < kMaxDimRows ? kLanes : kMaxDimRows;
+
+SPARSE_ATTN_INLINE int padded_dim(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+template <DType kType>
+SPARSE_ATTN_INLINE Vec load_typed(const char* row, int d, int n) {
+  return load_row(row, d, n, kType);
+}
+
+// scores[row][key] for kRows rows and kLanes / kRows keys.
+template <DType kType, int kRows>
+SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* out) {
+  constexpr int kKeys = kLanes / kRows;
+  const int pitch = padded_dim(t.head_dim);
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
+  for (int d = 0; d < t.head_dim; d += kLanes) {
+    Vec q[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) q[r] = load(t.q + r * pitch + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec x = load_typed<kType>(k[i], d, t.head_dim);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = q[r] * x + acc[r * kKeys + i];
+    }
+  }
+  const Vec sums = sum_lanes<kLanes / 2>(acc);
+  float packed[kLanes];
+  store(packed, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+    memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
+}
+
+template <DType kType, int kRows>
+SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim, int dims,
+                                        const KeyChunk* next) {
+  constexpr int kVecs = 8 / kRows > 2 ? 8 / kRows : 2;
+  const int pitch = padded_dim(t.head_dim_v);
+  const int key_bytes = t.head_dim * (kType == DType::kFloat32 ? 4 : 2);
+  float* acc_at = t.acc + first_dim;
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j)
+      acc[r][j] = j * kLanes < dims ? load(acc_at + r * pitch + j * kLanes) * t.alpha[r] : Vec{};
+  for (int key = 0; key < c.count; ++key) {
+    if (next != nullptr && key < next->count) prefetch_row(next->k[key], key_bytes);
+    Vec x[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j)
+      x[j] = j * kLanes < dims
+                 ? load_typed<kType>(c.v[key], first_dim + j * kLanes, t.head_dim_v)
+                 : Vec{};
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec p = splat(t.scores[r * kChunkKeys + key]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = p * x[j] + acc[r][j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j)
+      if (j * kLanes < dims) store(acc_at + r * pitch + j * kLanes, acc[r][j]);
+}
+
+// Scale, softcap, bias and visibility of one row's scores, then the online softmax over its keys.
+inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
+  float* s = t.scores + r * kChunkKeys;
+  const int padded = (c.count + kLanes - 1) / kLanes * kLanes;
+  const float inverse_cap = t.softcap > 0.0f ? t.softmax_scale / t.softcap : 0.0f;
+  Vec top = splat(kNegInf);
+  for (int i = c.count; i < padded; ++i) s[i] = 0.0f;
+  for (int i = 0; i < padded; i += kLanes) {
+    Vec x = load(s + i);
+    x = t.softcap > 0.0f ? t.softcap * tanh(x * inverse_cap) : x * t.softmax_scale;
+    if (c.has_bias) x += load(c.bias + i);
+    store(s + i, x * kLog2E);
+  }
+  for (int i = 0; i < padded; ++i) {
+    const bool seen =
+        i < c.count &&
+        (c.limits == nullptr ||
+         (c.position[i] >= c.limits->lo[r] && c.position[i] < c.limits->hi[r])) &&
+        (!c.has_bits || ((c.bits[i] >> r) & 1) != 0);
+    if (!seen) s[i] = kNegInf;
+  }
+  for (int i = 0; i < padded; i += kLanes) top = max(top, load(s + i));
+  float m = t.row_max[r];
+  for (int i = 0; i < kLanes; ++i) m = top[i] > m ? top[i] : m;
+  const float shift = m > kNegInf ? m : 0.0f;
+  Vec sum = {};
+  for (int i = 0; i < padded; i += kLanes) {
+    const Vec p = exp2<6>(load(s + i) - shift);
+    sum += p;
+    store(s + i, p);
+  }
+  t.alpha[r] = t.row_max[r] > kNegInf ? __builtin_exp2f(t.row_max[r] - shift) : 0.0f;
+  t.row_max[r] = m;
+  float total = t.row_sum[r] * t.alpha[r];
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  t.row_sum[r] = total;
+}
+
+template <DType kType, int kRows>
+SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  constexpr int kKeys = kLanes / kRows;
+  const char* keys[kLanes];
+  for (int i = 0; i < c.count; i += kKeys) {
+    for (int j = 0; j < kKeys; ++j) keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
+    score_dims<kType, kRows>(t, keys, t.scores + i);
+  }
+  for (int r = 0; r < t.rows; ++r) softmax_row(t, c, r);
+  for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
+  constexpr int kVecs = 8 / kRows > 2 ? 8 / kRows : 2;
+  for (int d = 0; d < t.head_dim_v; d += kVecs * kLanes) {
+    const int left = t.head_dim_v - d;
+    accumulate_dims<kType, kRows>(t, c, d, left < kVecs * kLanes ? left : kVecs * kLanes,
+                                  d == 0 ? next : nullptr);
+  }
+}
+
+template <DType kType>
+SPARSE_ATTN_KERNEL void dim_attend_typed(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  if (t.rows == 1) return dim_attend_rows<kType, 1>(t, c, next);
+  if (t.rows == 2) return dim_attend_rows<kType, 2>(t, c, next);
+  if (t.rows <= 4) return dim_attend_rows<kType, 4>(t, c, next);
+  if constexpr (kDimRows == 8) dim_attend_rows<kType, 8>(t, c, next);
+}
+
+SPARSE_ATTN_KERNEL void dim_attend(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  if (t.dtype == DType::kFloat32) return dim_attend_typed<DType::kFloat32>(t, c, next);
+  if (t.dtype == DType::kBFloat16) return dim_attend_typed<DType::kBFloat16>(t, c, next);
+  dim_attend_typed<DType::kFloat16>(t, c, next);
+}
+
+SPARSE_ATTN_KERNEL void dim_begin(Tile& t) {
+  const int pitch = padded_dim(t.head_dim);
+  const int pitch_v = padded_dim(t.head_dim_v);
+  memset(t.q, 0, sizeof(float) * pitch * kMaxDimRows);
+  memset(t.acc, 0, sizeof(float) * pitch_v * kMaxDimRows);
+  for (int r = 0; r < t.rows; ++r) {
+    widen_row(t.q_rows[r], t.q + r * pitch, t.head_dim, t.dtype);
+    t.row_max[r] = kNegInf;
+    t.row_sum[r] = 0.0f;
+  }
+}
+
+SPARSE_ATTN_KERNEL void dim_finish(Tile& t) {
+  const int pitch = padded_dim(t.head_dim_v);
+  for (int r = 0; r < t.rows; ++r) {
+    const float factor = finish_row(t, r);
+    float* acc = t.acc + r * pitch;
+    for (int d = 0; d < t.head_dim_v; d += kLanes) store(acc + d, load(acc + d) * factor);
+    narrow_row(acc, t.out_rows[r], t.head_dim_v, t.out_dtype);
+  }
+}
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels' inner loops behind a table of function pointers, one table per instruction set.
+// Everything outside the table (schedule, lists, merging) is compiled once, for any CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/key_chunk.h"
+#include "../core/types.h"
+
+namespace sparse_attn::cpu {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxDimRows = 8;  // a tile vectorised over head_dim has at most this many rows
+
+// A query tile in flight. Rows are (head, row) pairs of one KV head in any layout.
+struct Tile {
+  DType dtype;      // of q, k and v
+  DType out_dtype;  // of the rows written by finish
+  int32_t rows;
+  int32_t head_dim;
+  int32_t head_dim_v;
+  float softmax_scale;
+  float softcap;
+  const char* q_rows[kTileRows];
+  char* out_rows[kTileRows];
+  float* lse_rows[kTileRows];
+  bool has_sink;
+  float sink[kTileRows];
+
+  // Running softmax, base 2: exp2(row_max) is the scale that row_sum and acc are relative to.
+  alignas(64) float row_max[kTileRows];
+  alignas(64) float row_sum[kTileRows];
+  alignas(64) float alpha[kTileRows];
+  // Row-vectorised: q[dim][row], scores[key][row], acc[dim][row].
+  // Dim-vectorised: q[row][dim], scores[row][key], acc[row][dim].
+  alignas(64) float q[kMaxHeadDim * kTileRows];
+  alignas(64) float scores[kChunkKeys * kTileRows];
+  alignas(64) float acc[kMaxHeadDim * kTileRows];
+  // A chunk's keys and values in the form that the inner loop wants (see row_tile.h).
+  alignas(64) uint16_t p_pairs[kChunkKeys * kTileRows];
+  alignas(64) float k_wide[kChunkKeys * kMaxHeadDim];
+  alignas(64) float v_wide[kChunkKeys * kMaxHeadDim];
+};
+
+// The backward pass of one query tile: `fwd` holds q and, per chunk, the probabilities.
+struct BackwardTile {
+  Tile fwd;
+  const char* grad_out_rows[kTileRows];
+  char* grad_q_rows[kTileRows];
+  alignas(64) float lse[kTileRows];
+  alignas(64) float delta[kTileRows];
+  alignas(64) float grad_out[kMaxHeadDim * kTileRows];      // [dim_v][row]
+  alignas(64) float grad_out_row[kTileRows * kMaxHeadDim];  // [row][dim_v]
+  alignas(64) float q_row[kTileRows * kMaxHeadDim];         // [row][dim]
+  alignas(64) float grad_scores[kChunkKeys * kTileRows];    // [key][row]
+  float* grad_k;  // [keys, grad_pitch(head_dim)] accumulators of this KV head
+  float* grad_v;  // [keys, grad_pitch(head_dim_v)]
+};
+
+// Row pitch of the float32 gradient accumulators: a whole number of the widest vectors.
+constexpr int grad_pitch(int dim) { return (dim + 15) / 16 * 16; }
+
+struct Kernels {
+  const char* name;
+  // Tiles of any number of rows, vectorised over rows.
+  void (*row_begin)(Tile&);
+  void (*row_attend)(Tile&, const KeyChunk&, const KeyChunk* next);
+  void (*row_finish)(Tile&);
+  // Tiles of at most max_dim_rows rows, vectorised over head_dim.
+  int max_dim_rows;
+  void (*dim_begin)(Tile&);
+  void (*dim_attend)(Tile&, const KeyChunk&, const KeyChunk* next);
+  void (*dim_finish)(Tile&);
+  void (*backward_begin)(BackwardTile&);
+  void (*backward_attend)(BackwardTile&, const KeyChunk&);
+  void (*backward_finish)(BackwardTile&);
+  // Writes n float32 numbers as dtype.
+  void (*narrow)(const float* from, char* to, int64_t n, DType dtype);
+};
+
+// The fastest table that this CPU runs, or the one SPARSE_ATTN_CPU_CAPABILITY names.
+// Throws std::runtime_error if that name is unknown or this CPU cannot run it.
+const Kernels& kernels();
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define SPARSE_ATTN_ISA avx2
+#include "table.h"

@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: Apache-2.0
+// Flash attention of one query tile, vectorised over the query rows: scores are held transposed
+// ([key][row]), so a key element is a broadcast and K needs no packing or gathering; a column costs
+// what a block's key costs. Softmax statistics are vertical operations.
+//
+//   score:      S[key][row]  = sum_d K[key][d] Q[d][row]          (kKeys keys x kVecs row vectors)
+//   softmax:    P = exp2(S c - m),  alpha = exp2(m_old - m)
+//   accumulate: O[d][row]    = alpha O + sum_key V[key][d] P[key][row]
+//
+// float32 inputs run as they are; bf16 runs on the bf16 dot instruction where the CPU has one (Q, P
+// and V in pairs along the reduced axis); otherwise 16-bit keys and values are widened per chunk.
+// Accumulation is float32. Memory: about 0.3 MB a tile, half of it only for 16-bit inputs.
+// Source: the online softmax of FlashAttention (arXiv 2205.14135), laid out for SIMD CPUs.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
+
+// Keys (or dims) per micro-kernel call: enough accumulators to hide the FMA latency, few enough
+// to stay in registers beside the row vectors and one broadcast.
+template <int kVecs>
+constexpr int kGroup = kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
+
+template <int kKeys, int kVecs>
+SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, int head_dim,
+                              float* __restrict s) {
+  Vec acc[kKeys][kVecs];
+  const float* row[kKeys];
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+    row[i] = reinterpret_cast<const float*>(k[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
+  }
+#pragma GCC unroll 2
+  for (int d = 0; d < head_dim; ++d) {
+    Vec x[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) x[j] = load(q + d * kTileRows + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const Vec b = splat(row[i][d]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) store(s + i * kTileRows + j * kLanes, acc[i][j]);
+}
+
+template <int kDims, int kVecs>
+SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const* v, int first_dim,
+                                   int keys, const float* __restrict alpha, float* __restrict o) {
+  Vec acc[kDims][kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec a = load(alpha + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) acc[i][j] = a * load(o + i * kTileRows + j * kLanes);
+  }
+#pragma GCC unroll 2
+  for (int key = 0; key < keys; ++key) {
+    const float* row = reinterpret_cast<const float*>(v[key]) + first_dim;
+    Vec x[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) x[j] = load(p + key * kTileRows + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) {
+      const Vec b = splat(row[i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kDims; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) store(o + i * kTileRows + j * kLanes, acc[i][j]);
+}
+
+#if defined(__AVX512BF16__)
+// The same two products on bf16 pairs: q[dim / 2][row][2], p[key / 2][row][2], v[key / 2][dim][2].
+SPARSE_ATTN_INLINE Vec dot_pairs(Vec acc, __m512i a, __m512i b) {
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+SPARSE_ATTN_INLINE __m512i splat_pair(const uint16_t* p) {
+  return _mm512_set1_epi32(load_as<int32_t>(p));
+}
+
+template <int kKeys, int kVecs>
+SPARSE_ATTN_KERNEL void score_pairs(const float* __restrict q, const char* const* k, int head_dim,
+                                    float* __restrict s) {
+  Vec acc[kKeys][kVecs];
+  const uint16_t* row[kKeys];
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+    row[i] = reinterpret_cast<const uint16_t*>(k[i]);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
+  }
+#pragma GCC unroll 2
+  for (int d = 0; d < head_dim; d += 2) {
+    __m512i x[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j)
+      x[j] = _mm512_load_si512(q + d / 2 * kTileRows + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i) {
+      const __m512i b = splat_pair(row[i] + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = dot_pairs(acc[i][j], b, x[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) store(s + i * kTileRows + j * kLanes, acc[i][j]);
+}
+
+template <int kDims, int kVecs>
+SPARSE_ATTN_KERNEL void accumulate_pairs(const uint16_t* __restrict p, const uint16_t* __restrict v,
+                                         int pitch, int key_pairs, const float* __restrict alpha,
+                                         float* __restrict o) {
+  Vec acc[kDims][kVecs];
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec a = load(alpha + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) acc[i][j] = a * load(o + i * kTileRows + j * kLanes);
+  }
+#pragma GCC unroll 2
+  for (int key = 0; key < key_pairs; ++key) {
+    __m512i x[kVecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j)
+      x[j] = _mm512_load_si512(p + (key * kTileRows + j * kLanes) * 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) {
+      const __m512i b = splat_pair(v + key * pitch + i * 2);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = dot_pairs(acc[i][j], b, x[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kDims; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) store(o + i * kTileRows + j * kLanes, acc[i][j]);
+}
+
+// Interleaves the values of two keys: to[dim][2]. A missing second key counts as zeros.
+SPARSE_ATTN_INLINE void pair_values(const char* a, const char* b, int n, uint16_t* to) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int d = 0; d < n; d += 32) {
+    const __mmask32 mask = n - d >= 32 ? ~0u : (1u << (n - d)) - 1;
+    const __m512i x = _mm512_maskz_loadu_epi16(mask, a + d * 2);
+    const __m512i y = b != nullptr ? _mm512_maskz_loadu_epi16(mask, b + d * 2) : __m512i{};
+    _mm512_store_si512(to + 2 * d, _mm512_permutex2var_epi16(x, low, y));
+    _mm512_store_si512(to + 2 * d + 32, _mm512_permutex2var_epi16(x, high, y));
+  }
+}
+#endif
+
+inline bool tile_uses_pairs(const Tile& t) {
+  return kHasBf16Dot && t.dtype == DType::kBFloat16;
+}
+
+// Splits n items, n % 4 == 0, into groups of 4 and then of kBig.
+template <int kBig, class BigFn, class SmallFn>
+SPARSE_ATTN_INLINE void for_groups(int n, BigFn big, SmallFn small) {
+  int i = 0;
+  while ((n - i) % kBig != 0 && n - i >= 4) {
+    small(i);
+    i += 4;
+  }
+  for (; i < n; i += kBig) big(i);
+}
+
+// Scores of a chunk for the rows of one panel; meanwhile the chunk's values are prefetched.
+template <int kVecs>
+SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* const* keys,
+                                    int first_row, bool prefetch) {
+  const int n = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+  const int value_bytes = t.head_dim_v * static_cast<int>(element_size(t.dtype));
+  const float* q = t.q + first_row;
+  float* s = t.scores + first_row;
+  const auto run = [&](int i, auto group) __attribute__((always_inline)) {
+    constexpr int kKeys = decltype(group)::value;
+    if (prefetch)
+      for (int j = i; j < i + kKeys && j < c.count; ++j) prefetch_row(c.v[j], value_bytes);
+#if defined(__AVX512BF16__)
+    if (tile_uses_pairs(t)) {
+      score_pairs<kKeys, kVecs>(q, keys + i, t.head_dim, s + i * kTileRows);
+      return;
+    }
+#endif
+    score<kKeys, kVecs>(q, keys + i, t.head_dim, s + i * kTileRows);
+  };
+  for_groups<kGroup<kVecs>>(n, [&](int i) { run(i, Int<kGroup<kVecs>>{}); },
+                            [&](int i) { run(i, Int<4>{}); });
+}
+
+// Applies what a plain product lacks: softcap, bias, limits and bits. Afterwards the scores are in
+// base-2 units if `transform`, else as they were.
+template <int kVecs>
+SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, bool transform) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const float inverse_cap = t.softcap > 0.0f ? t.softmax_scale / t.softcap : 0.0f;
+  for (int key = 0; key < c.count; ++key) {
+    for (int j = 0; j < kVecs; ++j) {
+      const int row = first_row + j * kLanes;
+      float* at = t.scores + key * kTileRows + row;
+      Vec s = load(at);
+      if (transform) {
+        s = t.softcap > 0.0f ? t.softcap * tanh(s * inverse_cap) : s * t.softmax_scale;
+        if (c.has_bias) s += c.bias[key];
+        s *= kLog2E;
+      }
+      if (c.limits != nullptr) {
+        const IntVec lo = load_as<IntVec>(c.limits->lo + row);
+        const IntVec hi = load_as<IntVec>(c.limits->hi + row);
+        const IntVec position = splat_int(c.position[key]);
+        s = ((position >= lo) & (position < hi)) ? s : splat(kNegInf);
+      }
+      if (c.has_bits) {
+        const IntVec bits = splat_int(static_cast<int32_t>(c.bits[key] >> row));
+        s = ((bits >> lane) & 1) != 0 ? s : splat(kNegInf);
+      }
+      store(at, s);
+    }
+  }
+}
+
+// Softmax of a chunk's scores times `scale` (base-2 units): P in place, or in bf16 pairs.
+template <int kVecs, bool kPairs>
+SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float scale) {
+  constexpr int kDegree = kPairs ? 4 : 6;  // P is rounded to bf16 next
+  Vec top[kVecs], shift[kVecs], sum[kVecs];
+  float* s = t.scores + first_row;
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) top[j] = splat(kNegInf);
+  for (int key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+    for (int j = 0; j < kVecs; ++j) top[j] = max(top[j], load(s + key * kTileRows + j * kLanes));
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) {
+    float* m = t.row_max + first_row + j * kLanes;
+    const Vec old = load(m);
+    const Vec now = max(old, top[j] * scale);
+    shift[j] = now == kNegInf ? Vec{} : now;  // a row without a key yet: exp2(-inf - 0) = 0
+    const Vec alpha = exp2<6>(old - shift[j]);
+    store(m, now);
+    store(t.alpha + first_row + j * kLanes, alpha);
+    sum[j] = alpha * load(t.row_sum + first_row + j * kLanes);
+  }
+  if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+    const __m512i interleave =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int key = 0; key < keys; key += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        const float* at = s + key * kTileRows + j * kLanes;
+        const Vec a = exp2<kDegree>(load(at) * scale - shift[j]);
+        const Vec b =
+            key + 1 < keys ? exp2<kDegree>(load(at + kTileRows) * scale - shift[j]) : Vec{};
+        sum[j] += a + b;
+        const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+        _mm512_store_si512(t.p_pairs + key * kTileRows + (first_row + j * kLanes) * 2,
+                           _mm512_permutexvar_epi16(interleave, pair));
+      }
+    }
+#endif
+  } else {
+    for (int key = 0; key < keys; ++key) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* at = s + key * kTileRows + j * kLanes;
+        const Vec p = exp2<kDegree>(load(at) * scale - shift[j]);
+        sum[j] += p;
+        store(at, p);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVecs; ++j) store(t.row_sum + first_row + j * kLanes, sum[j]);
+}
+
+// O += V P for the rows of one panel; meanwhile the next chunk's keys are prefetched.
+template <int kVecs>
+SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char* const* values,
+                                         int first_row, const KeyChunk* next) {
+  const int key_bytes = t.head_dim * static_cast<int>(element_size(t.dtype));
+  const int groups = (t.head_dim_v + 3) / 4;
+  const int prefetch_rows = next != nullptr ? (next->count * 4 + groups - 1) / groups : 0;
+  int prefetched = 0;
+  float* o = t.acc + first_row;
+  const float* alpha = t.alpha + first_row;
+  const auto run = [&](int d, auto group) __attribute__((always_inline)) {
+    constexpr int kDims = decltype(group)::value;
+    for (int i = 0; i < prefetch_rows && prefetched < next->count; ++i)
+      prefetch_row(next->k[prefetched++], key_bytes);
+#if defined(__AVX512BF16__)
+    if (tile_uses_pairs(t)) {
+      const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
+      const uint16_t* v = reinterpret_cast<const uint16_t*>(t.v_wide) + 2 * d;
+      accumulate_pairs<kDims, kVecs>(t.p_pairs + 2 * first_row, v, pitch, (c.count + 1) / 2, alpha,
+                                     o + d * kTileRows);
+      return;
+    }
+#endif
+    accumulate<kDims, kVecs>(t.scores + first_row, values, d, c.count, alpha, o + d * kTileRows);
+  };
+  for_groups<kGroup<kVecs>>(t.head_dim_v, [&](int d) { run(d, Int<kGroup<kVecs>>{}); },
+                            [&](int d) { run(d, Int<4>{}); });
+}
+
+// Pointers to float32 rows: the rows themselves, or widened copies of 16-bit rows in `wide`.
+SPARSE_ATTN_INLINE const char* const* float_rows(const Tile& t, const char* const* rows, int count,
+                                                 int dim, float* wide, const char** pointers) {
+  if (t.dtype == DType::kFloat32) return rows;
+  const int pitch = (dim + kLanes - 1) / kLanes * kLanes;
+  for (int i = 0; i < count; ++i) {
+    widen_row(rows[i], wide + i * pitch, dim, t.dtype);
+    pointers[i] = reinterpret_cast<const char*>(wide + i * pitch);
+  }
+  for (int i = count; i < count + kKeyPadding; ++i) pointers[i] = pointers[count - 1];
+  return pointers;
+}
+
+template <int kVecs>
+SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, const KeyChunk* next,
+                                     const char* const* keys, const char* const* values,
+                                     int first_row) {
+  score_panel<kVecs>(t, c, keys, first_row, first_row == 0);
+  const bool transform = t.softcap > 0.0f || c.has_bias || !(t.softmax_scale > 0.0f);
+  if (transform || c.limits != nullptr || c.has_bits)
+    adjust_panel<kVecs>(t, c, first_row, transform);
+  const float scale = transform ? 1.0f : t.softmax_scale * kLog2E;
+  if (tile_uses_pairs(t)) {
+    softmax_panel<kVecs, kHasBf16Dot>(t, c.count, first_row, scale);
+  } else {
+    softmax_panel<kVecs, false>(t, c.count, first_row, scale);
+  }
+  accumulate_panel<kVecs>(t, c, values, first_row, first_row == 0 ? next : nullptr);
+}
+
+// Calls attend(Int<vecs>, first_row) over the tile's row vectors in panels.
+template <class Fn>
+SPARSE_ATTN_INLINE void for_panels(int rows, Fn attend) {
+  int left = (rows + kLanes - 1) / kLanes;
+  int first_row = 0;
+  for (; left >= kPanelVecs; left -= kPanelVecs, first_row += kPanelVecs * kLanes)
+    attend(Int<kPanelVecs>{}, first_row);
+  if constexpr (kPanelVecs > 3)
+    if (left == 3) attend(Int<3>{}, first_row);
+  if constexpr (kPanelVecs > 2)
+    if (left == 2) attend(Int<2>{}, first_row);
+  if (left == 1) attend(Int<1>{}, first_row);
+}
+
+SPARSE_ATTN_KERNEL void row_attend(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  const char* key_pointers[kChunkKeys + kKeyPadding];
+  const char* value_pointers[kChunkKeys + kKeyPadding];
+  const char* const* keys = c.k;
+  const char* const* values = c.v;
+  if (tile_uses_pairs(t)) {
+#if defined(__AVX512BF16__)
+    const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
+    uint16_t* to = reinterpret_cast<uint16_t*>(t.v_wide);
+    for (int i = 0; i < c.count; i += 2, to += pitch)
+      pair_values(c.v[i], i + 1 < c.count ? c.v[i + 1] : nullptr, t.head_dim_v, to);
+#endif
+  } else {
+    keys = float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
+    values = float_rows(t, c.v, c.count, t.head_dim_v, t.v_wide, value_pointers);
+  }
+  for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
+    attend_panel<decltype(vecs)::value>(t, c, next, keys, values, first_row);
+  });
+}
+
+// Transposes rows of `width` 4-byte lanes into to[lane][row]; missing rows are zeros.
+template <class LoadFn>
+SPARSE_ATTN_INLINE void transpose_rows(int rows, int lanes, float* to, LoadFn load_lanes) {
+  for (int r = 0; r < rows; r += kLanes) {
+    for (int d = 0; d < lanes; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = r + i < rows ? load_lanes(r + i, d) : Vec{};
+      transpose(x);
+      const int n = lanes - d < kLanes ? lanes - d : kLanes;
+      for (int i = 0; i < n; ++i) store(to + (d + i) * kTileRows + r, x[i]);
+    }
+  }
+}
+
+// kLanes numbers of a row of n, beginning at d.
+SPARSE_ATTN_INLINE Vec load_row(const char* row, int d, int n, DType dtype) {
+  const char* at = row + d * (dtype == DType::kFloat32 ? 4 : 2);
+  return n - d >= kLanes ? load_wide(at, dtype) : load_wide_tail(at, dtype, n - d);
+}
+
+SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
+  if (tile_uses_pairs(t)) {
+    transpose_rows(t.rows, t.head_dim / 2, t.q, [&](int r, int d) {
+      return load_row(t.q_rows[r], d, t.head_dim / 2, DType::kFloat32);  // a pair is one lane
+    });
+  } else {
+    transpose_rows(t.rows, t.head_dim, t.q, [&](int r, int d) {
+      return load_row(t.q_rows[r], d, t.head_dim, t.dtype);
+    });
+  }
+  memset(t.acc, 0, sizeof(float) * t.head_dim_v * kTileRows);
+  for (int r = 0; r < kTileRows; ++r) {
+    t.row_max[r] = kNegInf;
+    t.row_sum[r] = 0.0f;
+  }
+}
+
+// Folds the sink into a row's statistics and writes its lse; returns what acc is multiplied by.
+inline float finish_row(Tile& t, int r) {
+  float m = t.row_max[r], sum = t.row_sum[r], rescale = 1.0f;
+  if (t.has_sink) {
+    const float sink = t.sink[r] * kLog2E;
+    const float top = sink > m ? sink : m;
+    rescale = m > kNegInf ? __builtin_exp2f(m - top) : 0.0f;
+    sum = sum * rescale + (sink > kNegInf ? __builtin_exp2f(sink - top) : 0.0f);
+    m = top;
+  }
+  *t.lse_rows[r] = sum > 0.0f ? (m + __builtin_log2f(sum)) * kLn2 : kNegInf;
+  if (sum != sum) *t.lse_rows[r] = sum;
+  return sum == 0.0f ? 0.0f : rescale / sum;
+}
+
+// Writes from[dim][row] times factor[row] as rows of dtype.
+SPARSE_ATTN_INLINE void write_rows(const float* from, const float* factor, int rows, int dim,
+                                   char* const* to, DType dtype) {
+  const int width = dtype == DType::kFloat32 ? 4 : 2;
+  for (int r = 0; r < rows; r += kLanes) {
+    const Vec f = load(factor + r);
+    for (int d = 0; d < dim; d += kLanes) {
+      const int n = dim - d < kLanes ? dim - d : kLanes;
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        x[i] = i < n ? load(from + (d + i) * kTileRows + r) * f : Vec{};
+      transpose(x);
+      for (int i = 0; i < kLanes && r + i < rows; ++i)
+        store_narrow(to[r + i] + d * width, x[i], dtype, n);
+    }
+  }
+}
+
+SPARSE_ATTN_KERNEL void row_finish(Tile& t) {
+  for (int r = 0; r < kTileRows; ++r) t.alpha[r] = r < t.rows ? finish_row(t, r) : 0.0f;
+  write_rows(t.acc, t.alpha, t.rows, t.head_dim_v, t.out_rows, t.out_dtype);
+}
+
+}  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The body of an instruction set's translation unit: one table of its kernels. The including file
+// defines SPARSE_ATTN_ISA, the namespace, table and capability name.
+#include "backward_tile.h"
+#include "dim_tile.h"
+#include "row_tile.h"
+
+namespace sparse_attn::cpu {
+namespace SPARSE_ATTN_ISA {
+
+static void narrow(const float* from, char* to, int64_t n, DType dtype) {
+  narrow_row(from, to, n, dtype);
+}
+
+}  // namespace SPARSE_ATTN_ISA
+
+#define SPARSE_ATTN_STRING_(x) #x
+#define SPARSE_ATTN_STRING(x) SPARSE_ATTN_STRING_(x)
+#define SPARSE_ATTN_TABLE_(x) x##_kernels
+#define SPARSE_ATTN_TABLE(x) SPARSE_ATTN_TABLE_(x)
+
+extern const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA);
+const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
+    SPARSE_ATTN_STRING(SPARSE_ATTN_ISA), SPARSE_ATTN_ISA::row_begin,
+    SPARSE_ATTN_ISA::row_attend,         SPARSE_ATTN_ISA::row_finish,
+    SPARSE_ATTN_ISA::kDimRows,           SPARSE_ATTN_ISA::dim_begin,
+    SPARSE_ATTN_ISA::dim_attend,         SPARSE_ATTN_ISA::dim_finish,
+    SPARSE_ATTN_ISA::backward_begin,     SPARSE_ATTN_ISA::backward_attend,
+    SPARSE_ATTN_ISA::backward_finish,    SPARSE_ATTN_ISA::narrow,
+};
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// From tensors to params: what every attention op checks and fills. Checks here guard memory
+// safety; the Python side has raised friendlier errors before.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "../core/types.h"
+#include "../cpu/attention.h"
+
+namespace sparse_attn::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The tensors and numbers of a SparseIndex, in the order of the schemas.
+struct IndexArgs {
+  const Tensor& heads;
+  const Tensor& block_indptr;
+  const Tensor& block_indices;
+  const std::optional<Tensor>& block_bits_ids;
+  const std::optional<Tensor>& block_bits;
+  const Tensor& column_indptr;
+  const Tensor& column_indices;
+  const std::optional<Tensor>& column_bias;
+  int64_t block_m;
+  int64_t block_n;
+};
+
+IndexView index_view(const IndexArgs& args);
+
+// Tensors of a call; `sequences` owns what params.sequences points at.
+struct AttentionArgs {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  IndexArgs index;
+  const std::optional<Tensor>& seq_ranges;
+  int64_t q_offset;
+  bool causal;
+  double softmax_scale;
+  double softcap;
+};
+
+AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
+
+TensorView tensor_view(const Tensor& x);
+// A [batch, heads, seqlen, dim] tensor laid out in memory as `like` is: rows of all heads together
+// if `like` is a transposed [batch, seqlen, heads, dim] tensor.
+Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim);
+cpu::Executor torch_threads();
+void raise_fault(const char* op, const IndexFault& fault);
+
+}  // namespace sparse_attn::ops

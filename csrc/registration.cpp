@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every schema of the package, one a line. Loading the library registers them.
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+using torch::stable::Tensor;
+
+namespace sparse_attn::ops {
+
+using OptionalTensor = std::optional<Tensor>;
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor, const Tensor, const Tensor, const Tensor,
+                                         const Tensor, const Tensor, const OptionalTensor,
+                                         const OptionalTensor, const Tensor, const Tensor,
+                                         const OptionalTensor, int64_t, int64_t,
+                                         const OptionalTensor, int64_t, bool, double, double,
+                                         const OptionalTensor);
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor, const Tensor, const Tensor, const Tensor, const Tensor, const Tensor,
+    const Tensor, const Tensor, const Tensor, const OptionalTensor, const OptionalTensor,
+    const Tensor, const Tensor, const OptionalTensor, int64_t, int64_t, const OptionalTensor,
+    int64_t, bool, double, double);
+void check_index_cpu(const Tensor, const Tensor, const Tensor, const OptionalTensor,
+                     const OptionalTensor, const Tensor, const Tensor, const OptionalTensor,
+                     int64_t, int64_t, int64_t, int64_t);
+std::string cpu_capability();
+
+}  // namespace sparse_attn::ops
+
+#define INDEX_ARGS                                                                      \
+  "Tensor heads, Tensor block_indptr, Tensor block_indices, Tensor? block_bits_ids, "   \
+  "Tensor? block_bits, Tensor column_indptr, Tensor column_indices, Tensor? column_bias, " \
+  "int block_m, int block_n"
+#define CALL_ARGS "Tensor? seq_ranges, SymInt q_offset, bool causal, float softmax_scale, float softcap"
+
+// clang-format off
+STABLE_TORCH_LIBRARY(sparse_attn, m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks) -> (Tensor out, Tensor lse)");
+  m.def("attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("check_index(" INDEX_ARGS ", int seqlen_q, int seqlen_k) -> ()");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
+  m.impl("attention", TORCH_BOX(&sparse_attn::ops::attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&sparse_attn::ops::attention_backward_cpu));
+  m.impl("check_index", TORCH_BOX(&sparse_attn::ops::check_index_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&sparse_attn::ops::cpu_capability));
+}
+// clang-format on

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line: ``python -m sparse_attn demo``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sparse_attn import demo
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv` names; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_attn",
+        description="Attention where every head reads only the keys it needs.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    demo.add_command(commands)
+    arguments = parser.parse_args(argv)
+    arguments.command_line = ["python", "-m", "sparse_attn", *(argv or sys.argv[1:])]
+    status: int = arguments.run(arguments)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public calls: check the arguments, build the index, choose a kernel, run it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparse_attn import backends, ops
+from sparse_attn.index import SparseIndex
+from sparse_attn.patterns import Pattern, resolve
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    PatternLike: TypeAlias = (
+        Pattern | str | Sequence[Pattern | str] | Mapping[int, Pattern] | SparseIndex | BlockMask
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: PatternLike = "dense",
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the keys that `pattern` chooses, each head its own.
+
+    out[i] = sum_j softmax_j(logit[i, j]) v[j] over the chosen keys j that row i may see, with
+    logit = softcap(softmax_scale * q[i] . k[j]) + bias[j]. Row i stands at position i + q_offset
+    on the key axis and, if causal, sees the keys up to its own position. Query head h reads KV
+    head h // (num_heads / num_heads_kv). Arithmetic is exact over the chosen keys, accumulated in
+    float32, and the same on any number of threads.
+
+    Args:
+        q: [batch, num_heads, seqlen_q, head_dim], float32, bfloat16 or float16; head_dim a
+            multiple of 8 up to 256; any strides with a contiguous last dimension.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v]; head_dim_v as free as head_dim.
+        pattern: a Pattern; a pattern's name; one of them per query head (a sequence, or a mapping
+            of heads to patterns); a ready SparseIndex; or a torch BlockMask. Causality is added to
+            each of them: pass causal=False for a BlockMask that shows rows keys after their own.
+        causal: whether row i sees only keys j <= i + q_offset.
+        softmax_scale: default 1 / sqrt(head_dim).
+        q_offset: position of row 0 on the key axis, default seqlen_k - seqlen_q.
+        return_lse: whether to return the log-sum-exp too.
+        softcap: logits become softcap * tanh(logits / softcap); None for no bound.
+        sinks: float32 [num_heads], a logit per head that takes part in the denominator and has no
+            value (attention sinks as in GPT-OSS).
+        backend: "auto", or the name of a kernel that must run ("cpu").
+
+    Returns:
+        out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype; with return_lse also lse
+        float32 [batch, num_heads, seqlen_q], natural logarithm, sinks included. A row that sees
+        no key gives out 0 and lse -inf (or its sink).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the text says what is allowed.
+        UnsupportedError: no kernel can run the call; `.reasons` says why.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, k, v = (torch.randn(1, 4, 1024, 64) for _ in range(3))
+        >>> sparse_attn.attention(q, k, v, sparse_attn.AShape(sink=64, window=256)).shape
+        torch.Size([1, 4, 1024, 64])
+    """
+    _check_qkv("attention", q, k, v)
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    index = _index("attention", pattern, q, k, causal, softmax_scale, offset)
+    if index.seqlen_q != q.shape[2] or index.seqlen_k != k.shape[2]:
+        raise ValueError(
+            f"sparse_attn.attention: the index was built for seqlen_q={index.seqlen_q}, "
+            f"seqlen_k={index.seqlen_k}, q and k have {q.shape[2]} and {k.shape[2]}; "
+            "build it for these lengths."
+        )
+    out, lse = _run(
+        "attention", q, k, v, index, None, offset, causal, softmax_scale, softcap, sinks, backend
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_ranges(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: PatternLike,
+    seq_ranges: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over parts of padded or packed tensors: what varlen, padding and caches share.
+
+    Args:
+        q: [batch, num_heads, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        pattern: as in `attention`; lists count rows and keys from the start of each sequence.
+        seq_ranges: int32 [num_seqs, 5] on the CPU, rows of (q_start, q_len, k_start, k_len,
+            q_offset) in tokens. With batch 1 any number of sequences lies one after the other in
+            q (they must not overlap); else row b belongs to batch entry b.
+        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+
+    Returns:
+        As `attention`. Rows of q that no range covers give out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+    """
+    function = "attention_ranges"
+    _check_qkv(function, q, k, v)
+    _check_ranges(function, seq_ranges, q, k)
+    index = _ranges_index(function, pattern, q, k, seq_ranges, causal, softmax_scale)
+    out, lse = _run(
+        function, q, k, v, index, seq_ranges, 0, causal, softmax_scale, softcap, sinks, backend
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    pattern: PatternLike = "dense",
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences of different lengths, packed one after the other.
+
+    Args:
+        q: [total_q, num_heads, head_dim], the rows of all sequences.
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32 [num_seqs + 1], ascending from 0 to total_q: sequence s is rows
+            cu_seqlens_q[s] to cu_seqlens_q[s + 1].
+        cu_seqlens_k: int32 [num_seqs + 1], the same for k and v.
+        max_seqlen_q: an upper bound of the sequences' rows (tokens).
+        max_seqlen_k: an upper bound of the sequences' keys (tokens).
+        pattern: as in `attention`, built for each sequence by itself.
+        q_offset: position of row 0 of every sequence, default its keys minus its rows.
+        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+
+    Returns:
+        out [total_q, num_heads, head_dim_v]; with return_lse also lse float32
+        [num_heads, total_q].
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+    """
+    function = "attention_varlen"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(
+                f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
+                "pass [total tokens, heads, head_dim]."
+            )
+    starts_q, lens_q = _spans(function, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    starts_k, lens_k = _spans(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if starts_q.shape != starts_k.shape:
+        raise ValueError(
+            f"sparse_attn.{function}: cu_seqlens_q tells of {starts_q.numel()} sequences, "
+            f"cu_seqlens_k of {starts_k.numel()}; pass as many."
+        )
+    offsets = lens_k - lens_q if q_offset is None else torch.full_like(lens_q, q_offset)
+    ranges = torch.stack((starts_q, lens_q, starts_k, lens_k, offsets), dim=1).contiguous()
+    out, lse = attention_ranges(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        pattern,
+        ranges,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        return_lse=True,
+        softcap=softcap,
+        sinks=sinks,
+        backend=backend,
+    )
+    out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pattern: PatternLike = "dense",
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_offset: int | None = None,
+    return_lse: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of the newest rows over a cache that is longer than what is in it.
+
+    Args:
+        q: [batch, num_heads, seqlen_q, head_dim], usually seqlen_q 1; the last of its keys is the
+            last one in the cache.
+        k_cache: [batch, num_heads_kv, capacity, head_dim].
+        v_cache: [batch, num_heads_kv, capacity, head_dim_v].
+        pattern: as in `attention`.
+        cache_seqlens: int32 [batch] or one int, keys in the cache with those of q; default all.
+            Keys past them are never read.
+        q_offset: position of row 0, default cache_seqlens - seqlen_q.
+        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+    """
+    function = "attention_decode"
+    if cache_seqlens is None:
+        return attention(
+            q,
+            k_cache,
+            v_cache,
+            pattern,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            q_offset=q_offset,
+            return_lse=return_lse,
+            softcap=softcap,
+            sinks=sinks,
+            backend=backend,
+        )
+    _check_qkv(function, q, k_cache, v_cache)
+    batch, _, seqlen_q, _ = q.shape
+    lens = torch.as_tensor(cache_seqlens, dtype=torch.int32, device="cpu").expand(batch)
+    zeros = torch.zeros_like(lens)
+    offsets = lens - seqlen_q if q_offset is None else torch.full_like(lens, q_offset)
+    ranges = torch.stack((zeros, torch.full_like(lens, seqlen_q), zeros, lens, offsets), dim=1)
+    return attention_ranges(
+        q,
+        k_cache,
+        v_cache,
+        pattern,
+        ranges.contiguous(),
+        causal=causal,
+        softmax_scale=softmax_scale,
+        return_lse=return_lse,
+        softcap=softcap,
+        sinks=sinks,
+        backend=backend,
+    )
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over a union of disjoint sets of keys, from the attention over each set.
+
+    Args:
+        outs: tensors [..., seqlen_q, head_dim_v] of one shape and dtype.
+        lses: float32 tensors [..., seqlen_q], as return_lse gives them; -inf for a row without
+            keys. A sink must have taken part in one of them only.
+
+    Returns:
+        out in the dtype of `outs` and lse float32. Rows without keys in any part give 0 and -inf.
+
+    Raises:
+        ValueError: no parts, or parts of different shapes.
+
+    Source: Rabe & Staats, arXiv 2112.05682, section 2; FlashAttention-2, arXiv 2307.08691, eq. 8.
+    """
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(
+            f"sparse_attn.merge_states: {len(outs)} outs and {len(lses)} lses; "
+            "pass as many of both, at least one."
+        )
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"sparse_attn.merge_states: part {i} has out {tuple(out.shape)} and lse "
+                f"{tuple(lse.shape)}, part 0 has out {tuple(outs[0].shape)}; "
+                "pass outs of one shape and lses of that shape without its last dimension."
+            )
+    stacked = torch.stack([lse.float() for lse in lses])
+    lse = torch.logsumexp(stacked, dim=0)
+    # -inf - -inf is NaN: a row without keys has weight 0 in every part.
+    weights = torch.exp(stacked - lse).masked_fill(stacked == -torch.inf, 0.0)
+    total = sum(w[..., None] * out.float() for w, out in zip(weights, outs, strict=True))
+    assert isinstance(total, Tensor)
+    return total.to(outs[0].dtype), lse
+
+
+def _run(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: SparseIndex,
+    seq_ranges: Tensor | None,
+    q_offset: int,
+    causal: bool,
+    softmax_scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    num_heads, num_heads_kv = q.shape[1], k.shape[1]
+    if index.num_heads not in (1, num_heads, num_heads_kv):
+        raise ValueError(
+            f"sparse_attn.{function}: the index has {index.num_heads} heads; pass one with 1, "
+            f"{num_heads_kv} (KV heads) or {num_heads} (query heads)."
+        )
+    sequences = q.shape[0] if seq_ranges is None else seq_ranges.shape[0]
+    if index.batch_size not in (1, sequences):
+        raise ValueError(
+            f"sparse_attn.{function}: the index has batch {index.batch_size}; "
+            f"pass one with 1 or {sequences}."
+        )
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(
+            f"sparse_attn.{function}: softcap={softcap} is not above 0; pass None for none."
+        )
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (num_heads,)):
+        raise ValueError(
+            f"sparse_attn.{function}: sinks is {sinks.dtype} {tuple(sinks.shape)}; "
+            f"pass float32 [{num_heads}]."
+        )
+    bias = index.column_bias
+    problem = backends.Problem(
+        q.device.type,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+    )
+    backends.choose(function, problem, backend)
+    scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    return ops.attention(
+        q,
+        k,
+        v,
+        index,
+        seq_ranges=seq_ranges,
+        q_offset=q_offset,
+        causal=causal,
+        softmax_scale=scale,
+        softcap=softcap or 0.0,
+        sinks=sinks,
+    )
+
+
+def _index(
+    function: str,
+    pattern: PatternLike,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    q_offset: int,
+) -> SparseIndex:
+    """The index that `pattern` is or builds."""
+    if isinstance(pattern, SparseIndex):
+        return pattern
+    if hasattr(pattern, "kv_num_blocks"):  # a torch BlockMask, without importing its module
+        return SparseIndex.from_block_mask(pattern)
+    with torch.no_grad():
+        return resolve(pattern, q.shape[1]).build(
+            q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
+        )
+
+
+def _ranges_index(
+    function: str,
+    pattern: PatternLike,
+    q: Tensor,
+    k: Tensor,
+    seq_ranges: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+) -> SparseIndex:
+    """As `_index`, over the sequences of seq_ranges."""
+    if isinstance(pattern, SparseIndex) or hasattr(pattern, "kv_num_blocks"):
+        return _index(function, pattern, q, k, causal, softmax_scale, 0)
+    chosen = resolve(pattern, q.shape[1])
+    if not chosen.data_dependent:
+        index = chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=0)
+        if index.is_list_free:
+            return index
+    parts = []
+    for s, (q_start, q_len, k_start, k_len, q_offset) in enumerate(seq_ranges.tolist()):
+        b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
+        rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
+        parts.append(
+            _index(
+                function, chosen, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset
+            )
+        )
+    return SparseIndex.stack(parts)
+
+
+def _check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    tensors = (("q", q), ("k", k), ("v", v))
+    for name, x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"sparse_attn.{function}: {name} is a {type(x).__name__}; pass a torch.Tensor."
+            )
+        if x.dim() != 4:
+            raise ValueError(
+                f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
+                "pass [batch, heads, seqlen, head_dim]."
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"sparse_attn.{function}: {name} is {x.dtype} on {x.device}, q is {q.dtype} on "
+                f"{q.device}; pass q, k and v of one dtype on one device."
+            )
+        dim = x.shape[3]
+        if dim == 0 or dim % 8 != 0:
+            label = "head_dim_v" if name == "v" else "head_dim"
+            which = "v" if name == "v" else "q, k and v"
+            raise ValueError(
+                f"sparse_attn.{function}: {label}={dim} is not a multiple of 8; "
+                f"pad {which} to {max(8, -(-dim // 8) * 8)}."
+            )
+        if x.stride(3) != 1:
+            raise ValueError(
+                f"sparse_attn.{function}: the last dimension of {name} has stride {x.stride(3)}; "
+                f"pass {name}.contiguous()."
+            )
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"sparse_attn.{function}: q {tuple(q.shape)}, k {tuple(k.shape)} and v "
+            f"{tuple(v.shape)} do not fit; q and k need one batch and head_dim, k and v one "
+            "batch, number of heads and length."
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"sparse_attn.{function}: {q.shape[1]} query heads are no multiple of {k.shape[1]} "
+            "KV heads."
+        )
+
+
+def _check_ranges(function: str, seq_ranges: Tensor, q: Tensor, k: Tensor) -> None:
+    if seq_ranges.dtype != torch.int32 or seq_ranges.dim() != 2 or seq_ranges.shape[1] != 5:
+        raise ValueError(
+            f"sparse_attn.{function}: seq_ranges is {seq_ranges.dtype} {tuple(seq_ranges.shape)}; "
+            "pass int32 [num_seqs, 5]."
+        )
+    if q.shape[0] != 1 and q.shape[0] != seq_ranges.shape[0]:
+        raise ValueError(
+            f"sparse_attn.{function}: seq_ranges has {seq_ranges.shape[0]} rows for batch "
+            f"{q.shape[0]}; pass one for each batch entry."
+        )
+    if torch.compiler.is_compiling() or seq_ranges.numel() == 0:
+        return
+    starts, lens = seq_ranges[:, [0, 2]], seq_ranges[:, [1, 3]]
+    limits = torch.tensor([q.shape[2], k.shape[2]])
+    bad = ((starts < 0) | (lens < 0) | (starts + lens > limits)).any(dim=1)
+    if bool(bad.any()):
+        s = int(bad.nonzero()[0])
+        raise ValueError(
+            f"sparse_attn.{function}: sequence {s} has (q_start, q_len, k_start, k_len) = "
+            f"{seq_ranges[s, :4].tolist()}, outside of {q.shape[2]} rows and {k.shape[2]} keys."
+        )
+
+
+def _spans(
+    function: str, name: str, cu_seqlens: Tensor, total: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and lengths of packed sequences."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"sparse_attn.{function}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
+            "pass int32 [num_seqs + 1]."
+        )
+    host = cu_seqlens.cpu()
+    lens = host.diff()
+    if int(host[0]) != 0 or int(host[-1]) != total or bool((lens < 0).any()):
+        raise ValueError(
+            f"sparse_attn.{function}: {name} does not ascend from 0 to {total}, the number of "
+            f"tokens: {host.tolist()}."
+        )
+    if lens.numel() > 0 and int(lens.max()) > longest:
+        raise ValueError(
+            f"sparse_attn.{function}: a sequence of {name} has {int(lens.max())} tokens, more than "
+            f"max_seqlen={longest}."
+        )
+    return host[:-1], lens

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse attention for Hugging Face transformers, through its own registries.
+
+    from sparse_attn.integrations import transformers as sparse_transformers
+
+    sparse_transformers.enable(pattern=sparse_attn.AShape(sink=64, window=1024))
+    model.set_attn_implementation("sparse_attn")
+
+Nothing is patched: an attention function and a mask function are registered under one name, and a
+model uses them once it is told to. Layers with a sliding window of their own keep exactly that
+window; the pattern is for the layers that see everything.
+
+Source: the contract of ``transformers.AttentionInterface`` and ``AttentionMaskInterface`` (5.23).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sparse_attn.attention import attention, attention_ranges
+from sparse_attn.index import SparseIndex
+from sparse_attn.integrations._transformers_mask import MaskInfo, build_mask
+from sparse_attn.patterns import Pattern, SlidingWindow
+
+__all__ = ["Handle", "MaskInfo", "PatternChoice", "build_mask", "enable"]
+
+_PREFIX = "sparse_attn.integrations.transformers"
+
+#: A pattern, its name or one per head; or which of these a layer gets (function or dict of layers).
+PatternLike: TypeAlias = "Pattern | str | SparseIndex | Sequence[Pattern | str]"
+PatternChoice: TypeAlias = (
+    "PatternLike | Callable[[int | None], PatternLike] | Mapping[int, PatternLike]"
+)
+
+#: Passes with at most this many query rows count as decoding (one token, or a few speculated ones).
+DECODE_MAX_ROWS = 16
+
+
+@dataclass
+class Handle:
+    """A registration that can be taken back; also a context manager.
+
+    Attributes:
+        name: what to pass to ``model.set_attn_implementation``.
+    """
+
+    name: str
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def disable(self) -> None:
+        """Put both registries back as they were; a second call does nothing.
+
+        A model that still uses the name fails at its next call: give it another implementation.
+        """
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.disable()
+
+
+def _register(interface: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Register `function` and return what undoes it."""
+    entries: dict[str, Any] = interface._global_mapping
+    missing = object()
+    before = entries.get(name, missing)
+    interface.register(name, function)
+
+    def undo() -> None:
+        if entries.get(name) is not function:
+            return  # replaced by somebody else since: not ours to take away
+        if before is missing:
+            del entries[name]
+        else:
+            entries[name] = before
+
+    return undo
+
+
+def _pattern_of_layer(choice: PatternChoice, layer_idx: int | None) -> PatternLike:
+    if isinstance(choice, Mapping):
+        return choice.get(layer_idx, "dense") if layer_idx is not None else "dense"
+    if callable(choice) and not isinstance(choice, Pattern):
+        return choice(layer_idx)
+    return choice
+
+
+def _is_dense(pattern: PatternLike) -> bool:
+    return pattern == "dense" or type(pattern).__name__ == "Dense"
+
+
+def _refuse(dropout: float, kwargs: Mapping[str, Any]) -> None:
+    """Raise for arguments that would change the result and that no kernel here honours."""
+    if dropout > 0.0:
+        raise ValueError(
+            f"{_PREFIX}: dropout={dropout} is not supported; set attention_dropout=0 in the "
+            "model's config or call model.eval()."
+        )
+    for name, advice in (
+        ("position_bias", "use attn_implementation='sdpa' for this model"),
+        ("cache", "continuous batching is not supported, use generate() with a plain cache"),
+    ):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{_PREFIX}: argument {name!r} is not supported; {advice}.")
+
+
+def _narrowest(*windows: int | None) -> int | None:
+    given = [w for w in windows if w is not None]
+    return min(given) if given else None
+
+
+def _index_of_dense_mask(mask: Tensor, seqlen_k: int, pattern: PatternLike) -> SparseIndex:
+    """The index that says what a caller's own 4-D mask [batch, heads or 1, q, k] says."""
+    if not _is_dense(pattern):
+        raise NotImplementedError(
+            f"{_PREFIX}: a 4-D attention_mask together with a sparse pattern is not supported; "
+            "pass sparse_pattern='dense', or a 2-D padding mask."
+        )
+    mask = mask[..., :seqlen_k]
+    if mask.dtype != torch.bool:
+        hidden = mask <= torch.finfo(mask.dtype).min / 2
+        if not bool((hidden | (mask == 0)).all()):
+            raise NotImplementedError(
+                f"{_PREFIX}: an additive 4-D attention_mask with values other than 0 and -inf is "
+                "not supported; use attn_implementation='sdpa'."
+            )
+        mask = ~hidden
+    return SparseIndex.from_dense_mask(mask)
+
+
+def _causal_without_mask(module: Any, kwargs: Mapping[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: MaskInfo | None, pattern: PatternLike, **numerics: Any
+) -> Tensor:
+    """Run attention over the keys that `mask` leaves; numerics go to the kernel as they are."""
+    if mask is None:
+        return _out(attention(q, k, v, pattern, **numerics))
+    if (q.shape[-2], k.shape[-2]) != (mask.seqlen_q, mask.seqlen_k):
+        raise ValueError(
+            f"{_PREFIX}: the mask was made for {mask.seqlen_q} queries and {mask.seqlen_k} keys "
+            f"but the layer has {q.shape[-2]} and {k.shape[-2]}; use attn_implementation='sdpa'."
+        )
+    if mask.seq_ranges is not None:
+        return _out(attention_ranges(q, k, v, pattern, mask.seq_ranges, **numerics))
+    k, v = k[:, :, : mask.keys_used], v[:, :, : mask.keys_used]
+    return _out(attention(q, k, v, pattern, q_offset=mask.q_offset, **numerics))
+
+
+def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def _attention_function(pattern: PatternChoice, decode: PatternChoice) -> Callable[..., Any]:
+    """The function that transformers' attention layers call."""
+
+    def sparse_attention_forward(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | MaskInfo | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        sparse_pattern: PatternChoice | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        _refuse(dropout, kwargs)
+        choice = pattern if query.shape[2] > DECODE_MAX_ROWS else decode
+        if sparse_pattern is not None:
+            choice = sparse_pattern
+        chosen = _pattern_of_layer(choice, getattr(module, "layer_idx", None))
+        numerics: dict[str, Any] = {
+            "softmax_scale": scaling,
+            "softcap": softcap,
+            "sinks": None if s_aux is None else s_aux.float(),
+        }
+        if isinstance(attention_mask, Tensor):  # the caller's own: it says everything there is
+            index = _index_of_dense_mask(attention_mask, key.shape[2], chosen)
+            out = _attend(query, key, value, None, index, causal=False, **numerics)
+            return out.transpose(1, 2).contiguous(), None
+        causal = _causal_without_mask(module, kwargs)
+        window = sliding_window
+        if attention_mask is not None:
+            causal = attention_mask.causal
+            window = _narrowest(attention_mask.window, sliding_window)
+        if window is not None and window < key.shape[2]:
+            chosen = SlidingWindow(window)
+        out = _attend(query, key, value, attention_mask, chosen, causal=causal, **numerics)
+        return out.transpose(1, 2).contiguous(), None
+
+    return sparse_attention_forward
+
+
+def enable(
+    pattern: PatternChoice = "dense",
+    *,
+    decode: PatternChoice = "dense",
+    name: str = "sparse_attn",
+) -> Handle:
+    """Register sparse attention with transformers under `name`.
+
+    Any model that supports ``set_attn_implementation`` can use it from then on; its weights, its
+    cache and its code stay as they are. Padding on either side, dynamic and static caches, chunked
+    prefill, grouped-query heads, logit soft-capping, attention sinks, sliding-window layers, packed
+    sequences and bidirectional encoders are honoured; anything else raises.
+
+    Args:
+        pattern: which keys prefill sees: a pattern, its name, a list with one per head, a dict
+            {layer: pattern} (layers that are missing stay dense), or a function of the layer index.
+        decode: the same for passes of at most 16 query rows; exact by default.
+        name: the name to register; an entry of that name comes back when the handle is disabled.
+
+    A call can choose for itself: ``model(input_ids, sparse_pattern=...)`` takes the same choices
+    and stands above both.
+
+    Returns:
+        A `Handle`; ``disable()`` it, or use it in a ``with`` statement, to take the entries back.
+
+    Raises:
+        ImportError: transformers is missing.
+
+    Example:
+        >>> from sparse_attn.integrations.transformers import enable
+        >>> with enable(pattern="a_shape") as handle:
+        ...     print(handle.name)
+        sparse_attn
+    """
+    try:
+        models = importlib.import_module("transformers.modeling_utils")
+        masks = importlib.import_module("transformers.masking_utils")
+    except ImportError as error:
+        raise ImportError(
+            f"{_PREFIX}.enable: needs the package transformers (5.0 or later); "
+            "install it with: pip install transformers"
+        ) from error
+    handle = Handle(name)
+    function = _attention_function(pattern, decode)
+    handle._undo.append(_register(models.AttentionInterface, name, function))
+    handle._undo.append(_register(masks.AttentionMaskInterface, name, build_mask))
+    return handle

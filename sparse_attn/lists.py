@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ragged lists of a SparseIndex: reading, sorting, joining, refining and checking them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .index import SparseIndex
+
+__all__ = [
+    "HeadKind",
+    "cat_lists",
+    "check_shapes",
+    "check_tile_sizes",
+    "indptr_from_counts",
+    "keys_mask",
+    "pack_bits",
+    "refined",
+    "shifted_indptrs",
+    "sort_lists",
+    "tensors",
+    "tile_entries",
+    "unpack_bits",
+]
+
+# Row-validity bits are handled this many elements at a time, which bounds memory.
+CHUNK = 1 << 22
+
+
+class HeadKind(IntEnum):
+    """What column 0 of `SparseIndex.heads` says about a head."""
+
+    DENSE = 0
+    STREAMING = 1
+    LISTED = 2
+
+
+# -------------------------------------------------------------------- ragged lists
+
+
+def indptr_from_counts(counts: Tensor) -> Tensor:
+    """Offsets int64 [batch, heads, tiles + 1] of lists laid end to end, from their lengths."""
+    counts = counts.to(torch.int64)
+    row = counts.sum(-1)
+    row_start = (row.flatten().cumsum(0) - row.flatten()).view(row.shape)
+    return F.pad(counts.cumsum(-1), (1, 0)) + row_start[..., None]
+
+
+def tile_entries(indptr: Tensor) -> tuple[Tensor, Tensor]:
+    """Every (tile, list entry) pair of an indptr [batch, heads, tiles + 1], tiles in order.
+
+    Heads may share entries and rows may leave gaps, so an entry can occur in any number of tiles.
+
+    Returns:
+        int64 [n] tile, counted over batch, heads and tiles together, and int64 [n] the entry's
+        offset in the indices.
+    """
+    counts = (indptr[..., 1:] - indptr[..., :-1]).flatten()
+    tile = torch.repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    offset = torch.arange(tile.shape[0], device=indptr.device) - before[tile]
+    return tile, indptr[..., :-1].flatten()[tile] + offset
+
+
+def sort_lists(tile: Tensor, value: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Lays (tile, value) pairs out as lists that ascend in every tile.
+
+    Args:
+        tile: int64 [n], counted over batch, heads and tiles together.
+        value: [n], non-negative integers.
+        shape: batch, heads, tiles.
+
+    Returns:
+        indptr int64 [batch, heads, tiles + 1] and the order int64 [n] to bring the values in.
+    """
+    # Two stable sorts and no combined key: nothing can overflow.
+    order = torch.argsort(value, stable=True)
+    order = order[torch.argsort(tile[order], stable=True)]
+    counts = torch.bincount(tile, minlength=shape[0] * shape[1] * shape[2])
+    return indptr_from_counts(counts.view(shape)), order
+
+
+def pack_bits(visible: Tensor) -> Tensor:
+    """Row-validity words int64 [n, keys, ceil(rows / 64)] of a bool mask [n, rows, keys]."""
+    n, rows, keys = visible.shape
+    words = (rows + 63) // 64
+    shift = torch.arange(64, device=visible.device)[:, None]
+    packed = [
+        # Bit 63 is the sign: the sum wraps to it, which is what is wanted.
+        (F.pad(part, (0, 0, 0, words * 64 - rows)).view(-1, words, 64, keys).long() << shift)
+        .sum(2)
+        .transpose(1, 2)
+        for part in visible.split(max(CHUNK // max(rows * keys, 1), 1))
+    ]
+    return torch.cat(packed) if n else visible.new_empty(0, keys, words, dtype=torch.int64)
+
+
+def unpack_bits(bits: Tensor, rows: int) -> Tensor:
+    """The bool mask [n, rows, keys] of row-validity words int64 [n, keys, words]."""
+    shift = torch.arange(64, device=bits.device)
+    visible = ((bits[..., None] >> shift) & 1).bool().flatten(2)
+    return visible[..., :rows].transpose(1, 2)
+
+
+# -------------------------------------------------------------------- the boolean mask
+
+
+def keys_mask(index: SparseIndex, q_offset: int) -> Tensor:
+    """bool [batch, heads, seqlen_q, seqlen_k] of the index's own batch and heads, not causal."""
+    kind = index.heads[:, 0, None, None]
+    mask = torch.where(kind == HeadKind.LISTED, _listed_mask(index), kind == HeadKind.DENSE)
+    return torch.where(kind == HeadKind.STREAMING, _streaming_mask(index, q_offset), mask)
+
+
+def _streaming_mask(index: SparseIndex, q_offset: int) -> Tensor:
+    """bool [heads, seqlen_q, seqlen_k]: the rule of streaming heads, for every head."""
+    _, sink, window, dense_tail = index.heads[:, :, None, None].unbind(1)
+    row = torch.arange(index.seqlen_q, device=index.device)[:, None]
+    key = torch.arange(index.seqlen_k, device=index.device)
+    local = (row + q_offset - key).abs() < window
+    return (key < sink) | local | (row >= index.seqlen_q - dense_tail)
+
+
+def _listed_mask(index: SparseIndex) -> Tensor:
+    """bool [batch, heads, seqlen_q, seqlen_k]: the keys in the lists of every head."""
+    batch, heads, tiles = index.batch_size, index.num_heads, index.num_tiles
+    # A last block may run past seqlen_k: room for it, cut off at the end.
+    width = index.seqlen_k + index.block_n
+    tile, entry = tile_entries(index.block_indptr)
+    keys = index.block_indices[entry].long()[:, None] + torch.arange(
+        index.block_n, device=index.device
+    )
+    column_tile, column = tile_entries(index.column_indptr)
+
+    mask = torch.zeros(batch * heads * tiles, width, dtype=torch.bool, device=index.device)
+    mask[column_tile, index.column_indices[column].long()] = True
+    if index.block_bits is None or index.block_bits_ids is None:
+        mask[tile[:, None], keys] = True
+        mask = mask[:, None].expand(-1, index.block_m, -1)
+    else:
+        ids = index.block_bits_ids[entry].long()
+        full = ids < 0
+        mask[tile[full][:, None], keys[full]] = True
+        mask = mask[:, None].repeat(1, index.block_m, 1)
+        rows = unpack_bits(index.block_bits[ids[~full]], index.block_m)
+        mask[tile[~full][:, None], :, keys[~full]] = rows.transpose(1, 2)
+    mask = mask.reshape(batch, heads, tiles * index.block_m, width)
+    return mask[:, :, : index.seqlen_q, : index.seqlen_k]
+
+
+# -------------------------------------------------------------------- joining
+
+
+def shifted_indptrs(parts: Sequence[SparseIndex]) -> tuple[list[Tensor], list[Tensor]]:
+    """Block and column indptrs of the parts once their indices are concatenated."""
+    blocks, columns, block_base, column_base = [], [], 0, 0
+    for part in parts:
+        blocks.append(part.block_indptr + block_base)
+        columns.append(part.column_indptr + column_base)
+        block_base += part.block_indices.shape[0]
+        column_base += part.column_indices.shape[0]
+    return blocks, columns
+
+
+def cat_lists(parts: Sequence[SparseIndex]) -> dict[str, Any]:
+    """The concatenated indices, biases and bits of the parts, as fields of an index."""
+    bias, ids, bits = None, None, None
+    if any(part.column_bias is not None for part in parts):
+        bias = torch.cat(
+            [
+                torch.zeros_like(part.column_indices, dtype=torch.float32)
+                if part.column_bias is None
+                else part.column_bias
+                for part in parts
+            ]
+        )
+    if any(part.block_bits is not None for part in parts):
+        all_ids, all_bits, base = [], [], 0
+        for part in parts:
+            if part.block_bits is None or part.block_bits_ids is None:
+                all_ids.append(torch.full_like(part.block_indices, -1))
+                continue
+            old = part.block_bits_ids
+            all_ids.append(torch.where(old < 0, old, old + base))
+            all_bits.append(part.block_bits)
+            base += part.block_bits.shape[0]
+        ids, bits = torch.cat(all_ids), torch.cat(all_bits)
+    return {
+        "block_indices": torch.cat([part.block_indices for part in parts]),
+        "column_indices": torch.cat([part.column_indices for part in parts]),
+        "column_bias": bias,
+        "block_bits_ids": ids,
+        "block_bits": bits,
+    }
+
+
+# -------------------------------------------------------------------- refinement
+
+
+def refined(index: SparseIndex, block_m: int, block_n: int) -> dict[str, Any]:
+    """The lists of the same keys in tiles of `block_m` rows and blocks of `block_n` keys.
+
+    Both sizes divide the old ones. Returns fields of an index.
+    """
+    parts_m, parts_n = index.block_m // block_m, index.block_n // block_n
+    tiles = (index.seqlen_q + block_m - 1) // block_m
+    shape = (index.batch_size, index.num_heads, tiles)
+    device = index.device
+
+    def split_tiles(flat_tile: Tensor) -> Tensor:
+        """New tiles [n, parts_m] of each old one; -1 for those past seqlen_q."""
+        head, tile = flat_tile // index.num_tiles, flat_tile % index.num_tiles
+        new = tile[:, None] * parts_m + torch.arange(parts_m, device=device)
+        return torch.where(new < tiles, head[:, None] * tiles + new, -1)
+
+    flat_tile, entry = tile_entries(index.block_indptr)
+    part_m = torch.arange(parts_m, device=device)[:, None]
+    part_n = torch.arange(parts_n, device=device)
+    start = index.block_indices[entry].long()[:, None, None] + part_n * block_n
+    new_tile = split_tiles(flat_tile)[:, :, None].expand(-1, -1, parts_n)
+    start = start.expand_as(new_tile)
+    keep = (new_tile >= 0) & (start < index.seqlen_k)
+    bits, ids = index.block_bits, index.block_bits_ids
+    new_ids = None
+    if bits is not None and ids is not None:
+        rows = unpack_bits(bits, index.block_m)
+        rows = rows.view(-1, parts_m, block_m, parts_n, block_n).permute(0, 1, 3, 2, 4)
+        bits = pack_bits(rows.reshape(-1, block_m, block_n))
+        old = ids[entry].long()[:, None, None]
+        new_ids = torch.where(old < 0, -1, (old * parts_m + part_m) * parts_n + part_n)[keep].int()
+    block_indptr, order = sort_lists(new_tile[keep], start[keep], shape)
+
+    flat_tile, entry = tile_entries(index.column_indptr)
+    new_tile = split_tiles(flat_tile)
+    entry = entry[:, None].expand_as(new_tile)[new_tile >= 0]
+    key = index.column_indices[entry]
+    column_indptr, column_order = sort_lists(new_tile[new_tile >= 0], key, shape)
+    bias = index.column_bias
+    return {
+        "block_indptr": block_indptr,
+        "block_indices": start[keep][order].int(),
+        "block_bits_ids": None if new_ids is None else new_ids[order],
+        "block_bits": bits,
+        "column_indptr": column_indptr,
+        "column_indices": key[column_order],
+        "column_bias": None if bias is None else bias[entry][column_order],
+    }
+
+
+# -------------------------------------------------------------------- checks
+
+
+def tensors(index: SparseIndex) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(index).items() if isinstance(value, Tensor)}
+
+
+def check_tile_sizes(block_m: int, block_n: int) -> None:
+    if block_m != 1 and (block_m < 16 or block_m % 16 != 0):
+        raise ValueError(
+            f"sparse_attn.SparseIndex: block_m={block_m}; it must be 1 or a multiple of 16."
+        )
+    if block_n < 8 or block_n % 8 != 0:
+        raise ValueError(f"sparse_attn.SparseIndex: block_n={block_n}; it must be a multiple of 8.")
+
+
+def check_shapes(index: SparseIndex) -> None:
+    """Checks sizes, dtypes, shapes and devices; reads no data."""
+    check_tile_sizes(index.block_m, index.block_n)
+    if (index.block_bits is None) != (index.block_bits_ids is None):
+        raise ValueError(
+            "sparse_attn.SparseIndex: block_bits and block_bits_ids go together; pass both or none."
+        )
+    indptr_shape = (index.batch_size, index.num_heads, index.num_tiles + 1)
+    blocks, columns = index.block_indices.shape[:1], index.column_indices.shape[:1]
+    words = (index.block_m + 63) // 64
+    expected: dict[str, tuple[torch.dtype, str, tuple[int, ...]]] = {
+        "heads": (torch.int32, "[heads, 4]", (index.num_heads, 4)),
+        "block_indptr": (torch.int64, "[batch, heads, num_tiles + 1]", indptr_shape),
+        "block_indices": (torch.int32, "[capacity]", blocks),
+        "column_indptr": (torch.int64, "[batch, heads, num_tiles + 1]", indptr_shape),
+        "column_indices": (torch.int32, "[capacity]", columns),
+        "column_bias": (torch.float32, "[column capacity]", columns),
+        "block_bits_ids": (torch.int32, "[block capacity]", blocks),
+        "block_bits": (
+            torch.int64,
+            "[masks, block_n, ceil(block_m / 64)]",
+            (
+                *(() if index.block_bits is None else index.block_bits.shape[:1]),
+                index.block_n,
+                words,
+            ),
+        ),
+    }
+    for name, tensor in tensors(index).items():
+        dtype, layout, shape = expected[name]
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"sparse_attn.SparseIndex: {name} is {tensor.dtype}; it must be {dtype}."
+            )
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"sparse_attn.SparseIndex: {name} has shape {tuple(tensor.shape)}; "
+                f"{layout} = {tuple(shape)} is needed."
+            )
+        if tensor.device != index.device:
+            raise ValueError(
+                f"sparse_attn.SparseIndex: {name} is on {tensor.device} and heads on "
+                f"{index.device}; move the index as a whole with to()."
+            )

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patterns: frozen descriptions of how to choose keys. Each builds a SparseIndex."""
+
+from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.names import pattern_names, resolve
+from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
+from sparse_attn.patterns.vertical_slash import VerticalSlash, vertical_slash_index
+
+__all__ = [
+    "AShape",
+    "BlockSparse",
+    "Dense",
+    "Pattern",
+    "PerHead",
+    "SlidingWindow",
+    "VerticalSlash",
+    "pattern_names",
+    "resolve",
+    "vertical_slash_index",
+]

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pattern: a frozen description of how to choose keys, and the checks that patterns share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparse_attn.index import SparseIndex
+
+
+class Pattern(ABC):
+    """How to choose the keys of every query tile; it never computes attention.
+
+    A pattern is immutable and hashable: it holds numbers, never tensors. `build` is where q and k
+    are looked at, and all it returns is the choice.
+
+    Attributes:
+        data_dependent: whether `build` reads the values of q and k. If not, it only looks at their
+            shapes and device, and is traceable by torch.compile with fullgraph.
+    """
+
+    data_dependent: ClassVar[bool] = True
+
+    @abstractmethod
+    def build(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        causal: bool = True,
+        softmax_scale: float | None = None,
+        q_offset: int | None = None,
+    ) -> SparseIndex:
+        """Chooses keys, for all batch entries and heads at once.
+
+        Args:
+            q: [batch, num_heads, seqlen_q, head_dim].
+            k: [batch, num_heads_kv, seqlen_k, head_dim]; query head h reads KV head
+                h // (num_heads / num_heads_kv).
+            causal: whether row i will only see keys j <= i + q_offset. The index never repeats
+                it, but a pattern spends no budget on keys that no row of the tile can see.
+            softmax_scale: factor of q . k in every score, default 1 / sqrt(head_dim).
+            q_offset: position of query row 0 on the key axis, default seqlen_k - seqlen_q.
+
+        Returns:
+            An index with batch 1 or batch, and 1 or num_heads heads.
+
+        Raises:
+            ValueError: q and k do not fit each other.
+        """
+
+
+def check_qk(owner: str, q: Tensor, k: Tensor) -> None:
+    """Raises ValueError unless q and k are two 4-D tensors that fit each other.
+
+    Args:
+        owner: name of the pattern, for the text.
+        q: [batch, num_heads, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+    """
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(
+            f"sparse_attn.{owner}.build: q has {q.dim()} dimensions and k {k.dim()}; "
+            "pass both as [batch, heads, seqlen, head_dim]."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"sparse_attn.{owner}.build: q {tuple(q.shape)} and k {tuple(k.shape)} differ in "
+            "batch or head_dim; these must be equal."
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"sparse_attn.{owner}.build: q has {q.shape[1]} heads and k {k.shape[1]}; the heads of "
+            "q must be a multiple of the heads of k."
+        )
+
+
+def scale_or_default(q: Tensor, softmax_scale: float | None) -> float:
+    """`softmax_scale`, or 1 / sqrt(head_dim)."""
+    return 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+
+
+def offset_or_default(q: Tensor, k: Tensor, q_offset: int | None) -> int:
+    """`q_offset`, or seqlen_k - seqlen_q (bottom-right alignment)."""
+    return k.shape[2] - q.shape[2] if q_offset is None else q_offset
+
+
+def check_int(owner: str, name: str, value: object, minimum: int) -> None:
+    """Raises unless `value` is an int (no bool) and at least `minimum`.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: below `minimum`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"sparse_attn.{owner}: {name}={value!r} is a {type(value).__name__}; pass an int."
+        )
+    if value < minimum:
+        raise ValueError(
+            f"sparse_attn.{owner}: {name}={value} is below {minimum}; pass {minimum} or more."
+        )
+
+
+def check_blocks(owner: str, block_m: object, block_n: object) -> None:
+    """Raises unless the block sizes are ones an index can have.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: block_m neither 1 nor a multiple of 16, or block_n no multiple of 8.
+    """
+    check_int(owner, "block_m", block_m, 1)
+    check_int(owner, "block_n", block_n, 8)
+    assert isinstance(block_m, int) and isinstance(block_n, int)
+    if block_m != 1 and block_m % 16 != 0:
+        raise ValueError(
+            f"sparse_attn.{owner}: block_m={block_m} is neither 1 nor a multiple of 16; "
+            "pass for instance 64."
+        )
+    if block_n % 8 != 0:
+        raise ValueError(
+            f"sparse_attn.{owner}: block_n={block_n} is not a multiple of 8; pass for instance 64."
+        )

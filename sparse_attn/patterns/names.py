@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may write for a pattern: an object, a name, or one of these per head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
+from sparse_attn.patterns.vertical_slash import VerticalSlash
+
+# Defaults are MInference's throughout, so that a name means what its users expect.
+_NAMED: dict[str, Pattern] = {
+    "dense": Dense(),
+    "a_shape": AShape(),
+    "tri_shape": AShape(dense_tail=100),
+    "block_sparse": BlockSparse(top_k=100),
+    "vertical_slash": VerticalSlash(),
+}
+# Names that mean nothing without a number, and what to write instead.
+_NEEDS_ARGUMENTS = {"sliding_window": SlidingWindow, "per_head": PerHead}
+
+
+def pattern_names() -> tuple[str, ...]:
+    """The names that stand for a pattern, sorted."""
+    return tuple(sorted(_NAMED))
+
+
+def resolve(pattern: Pattern | str | Sequence[Pattern | str], num_heads: int) -> Pattern:
+    """The Pattern that a name, a list per head, or a Pattern stands for.
+
+    Args:
+        pattern: a Pattern; or a name: "dense", "a_shape" (sink 128, window 3968), "tri_shape" (the
+            same with the last 100 rows dense), "block_sparse" (100 blocks of 64 a tile),
+            "vertical_slash" (1000 columns, 6096 diagonals); or a list with one of these per query
+            head.
+        num_heads: query heads, which a list or a PerHead must fit.
+
+    Returns:
+        A Pattern for `num_heads` heads.
+
+    Raises:
+        TypeError: it is neither of these.
+        ValueError: the name is unknown or needs arguments, or a list does not fit `num_heads`.
+
+    Example:
+        >>> resolve("tri_shape", num_heads=8)
+        AShape(sink=128, window=3968, dense_tail=100)
+    """
+    if isinstance(pattern, PerHead):
+        pattern.check_num_heads(num_heads)
+        return pattern
+    if isinstance(pattern, (Pattern, str)):
+        return _resolve_one(pattern)
+    if not isinstance(pattern, Sequence):
+        raise TypeError(
+            f"sparse_attn.patterns.resolve: pattern is a {type(pattern).__name__}; pass a Pattern, "
+            f"a name ({_known()}), or a list of them per query head."
+        )
+    if len(pattern) != num_heads:
+        raise ValueError(
+            f"sparse_attn.patterns.resolve: {len(pattern)} patterns for {num_heads} query heads; "
+            "pass one per head."
+        )
+    members = [_resolve_one(member) for member in pattern]
+    if members and all(member == members[0] for member in members):
+        return members[0]  # no grouping to do, and the index may be one that all heads share
+    return PerHead(members)
+
+
+def _resolve_one(pattern: Pattern | str) -> Pattern:
+    if isinstance(pattern, Pattern):
+        return pattern
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"sparse_attn.patterns.resolve: {pattern!r} is a {type(pattern).__name__}; "
+            f"pass a Pattern or a name ({_known()})."
+        )
+    if pattern in _NEEDS_ARGUMENTS:
+        name = _NEEDS_ARGUMENTS[pattern].__name__
+        raise ValueError(
+            f"sparse_attn.patterns.resolve: pattern={pattern!r} needs arguments; "
+            f"pass {name}(...) from sparse_attn.patterns."
+        )
+    if pattern not in _NAMED:
+        raise ValueError(
+            f"sparse_attn.patterns.resolve: pattern={pattern!r} is unknown; known names are "
+            f"{_known()}."
+        )
+    return _NAMED[pattern]
+
+
+def _known() -> str:
+    return ", ".join(repr(name) for name in pattern_names())

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From vertical and slash indices to the blocks and columns of every query tile.
+
+The rows of a tile that starts at position a lie at a .. a + block_m - 1, so its slash s covers the
+keys [a - s, a - s + block_m). That depends on a only through a shift: on the axis
+
+    u = key - a + origin,   origin = the largest distance,
+
+slash s covers [origin - s, origin - s + block_m) whatever the tile. So bands are merged and cut
+into blocks once a head (`_Layout`), and a tile's lists are that layout, shifted by a - origin and
+clipped to the keys that exist (`_tile_lists`). Nothing walks the list of slashes key by key, and
+no buffer has seqlen_q x seqlen_k elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_attn.selection import bands
+
+# Fills list ends: far above any key, and no int32 overflow when a shift is added.
+_FAR = 1 << 30
+
+
+@dataclass(frozen=True)
+class SlashLists:
+    """Ragged lists of all tiles, heads in order, tiles in order.
+
+    Attributes:
+        block_counts: int64 [heads, tiles].
+        block_indices: int32 [sum of counts], first keys; ascending and disjoint in a tile.
+        column_counts: int64 [heads, tiles].
+        column_indices: int32 [sum of counts], keys; ascending in a tile, outside its blocks.
+    """
+
+    block_counts: Tensor
+    block_indices: Tensor
+    column_counts: Tensor
+    column_indices: Tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the slashes of each head lie on the u axis, cut into blocks and single keys.
+
+    Attributes:
+        origin: u of the key at a tile's first position.
+        starts: int32 [heads, blocks], first u of every block, ascending, then _FAR.
+        ends: int32 [heads, blocks], one past the last u in the block that a slash covers.
+        singles: int32 [heads, singles], covered u outside every block, ascending, then _FAR.
+        taken: bool [heads, length], u in a block or single.
+    """
+
+    origin: int
+    starts: Tensor
+    ends: Tensor
+    singles: Tensor
+    taken: Tensor
+
+
+def slash_lists(
+    verticals: Tensor,
+    slashes: Tensor,
+    *,
+    seqlen_q: int,
+    seqlen_k: int,
+    q_offset: int,
+    causal: bool,
+    block_m: int,
+    block_n: int,
+) -> SlashLists:
+    """Lists that cover every vertical and every slash of every tile, and no key twice.
+
+    * A maximal run of keys that slashes cover becomes blocks from its first key on. A rest shorter
+      than block_n / 4 becomes columns; a longer one becomes a block that runs on past the end of
+      the run (and, if the next run begins inside it, takes that part of it along).
+    * A block that would start before key 0 becomes a block at 0 if the next one leaves room and at
+      least block_n / 4 of its covered keys remain, and columns if not.
+    * Every vertical outside the blocks becomes a column. None is lost, wherever the slashes are.
+
+    Args:
+        verticals: int [heads, count], ascending key positions; entries >= seqlen_k are ignored.
+        slashes: bool [heads, distances]; entry s says that distance s is chosen.
+        seqlen_q: query rows.
+        seqlen_k: keys.
+        q_offset: position of row 0 on the key axis.
+        causal: drop what lies past the last row of a tile.
+        block_m: rows of a tile (any number here).
+        block_n: keys of a block (any number here).
+
+    Returns:
+        The lists.
+
+    Source:
+        What to cover: the vertical-slash head of MInference (Jiang et al. 2024,
+        arXiv:2407.02490), whose serial conversion loses verticals past the last slash and reads
+        out of bounds where all slashes lie past a row block.
+    """
+    heads, tiles = verticals.shape[0], -(-seqlen_q // block_m)
+    device = slashes.device
+    first = torch.arange(tiles, device=device, dtype=torch.int32) * block_m + q_offset
+    limit = torch.full_like(first, seqlen_k - 1)
+    if causal:
+        limit = (first + block_m - 1).clamp(max=min(seqlen_q - 1 + q_offset, seqlen_k - 1))
+    verticals = verticals.int().contiguous()
+    # Distances past the last row's position reach no key; at least one keeps the axis non-empty.
+    slashes = slashes[:, : max(1, seqlen_q + q_offset)]
+    if slashes.shape[1] == 0:
+        slashes = F.pad(slashes, (0, 1))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for outer, _ in bands(heads, 1, slashes.shape[1] + 2 * block_m):
+        layout = _layout(slashes[outer], block_m, block_n)
+        keys = verticals[outer]
+        width = keys.shape[1] + layout.starts.shape[1] + layout.singles.shape[1] + block_n
+        for inner, tile in bands(keys.shape[0], tiles, width):
+            part = _Layout(
+                layout.origin,
+                layout.starts[inner],
+                layout.ends[inner],
+                layout.singles[inner],
+                layout.taken[inner],
+            )
+            parts.append(_tile_lists(part, keys[inner], first[tile], limit[tile], block_n))
+    if not parts:
+        empty = torch.zeros(heads, tiles, dtype=torch.int64, device=device)
+        return SlashLists(empty, verticals.new_empty(0), empty, verticals.new_empty(0))
+    block_counts, block_indices, column_counts, column_indices = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return SlashLists(
+        block_counts.view(heads, tiles),
+        block_indices,
+        column_counts.view(heads, tiles),
+        column_indices,
+    )
+
+
+def _layout(slashes: Tensor, block_m: int, block_n: int) -> _Layout:
+    """Cuts the union of the slashes into blocks and single keys, on the u axis.
+
+    Args:
+        slashes: bool [heads, distances].
+        block_m: rows of a tile: a slash covers that many u.
+        block_n: keys of a block.
+    """
+    heads, distances = slashes.shape
+    length = distances + block_m - 1
+    covered = _spread(slashes.flip(-1), block_m)
+    at = torch.arange(length, device=slashes.device).expand(heads, length)
+    next_on = _next(covered, at)
+    next_off = _next(~covered, at)
+    # The layout is a chain: each block or rest decides where the following one starts. `follow`
+    # is one step for every u; doubling it marks a whole chain in a logarithmic number of steps.
+    rest = next_off[:, :length] - at
+    is_block = rest >= _short(block_n)
+    past = torch.where(is_block, at + block_n, next_off[:, :length]).clamp(max=length)
+    follow = F.pad(next_on.gather(1, past), (0, 1), value=length)
+    visited = torch.zeros(heads, length + 1, dtype=torch.bool, device=slashes.device)
+    visited.scatter_(1, next_on[:, :1], True)
+    steps = length // block_n + length // block_m + 2
+    for _ in range(steps.bit_length()):
+        visited.scatter_(1, torch.where(visited, follow, length), True)
+        follow = follow.gather(1, follow)
+    blocks = visited[:, :length] & is_block
+    inside = _spread(blocks, block_n)
+    singles = F.pad(covered, (0, block_n - 1)) & ~inside
+    starts = _compact(blocks)
+    last_on = torch.where(covered, at, -1).cummax(-1).values
+    ends = last_on.gather(1, (starts + (block_n - 1)).clamp(max=length - 1).long()) + 1
+    return _Layout(distances - 1, starts, ends.int(), _compact(singles), inside | singles)
+
+
+def _tile_lists(
+    layout: _Layout, verticals: Tensor, first: Tensor, limit: Tensor, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Counts and values of the blocks and of the columns of some tiles, flat, in order.
+
+    Args:
+        layout: of these heads.
+        verticals: int32 [heads, count], ascending.
+        first: int32 [tiles], position of each tile's first row.
+        limit: int32 [tiles], last key each tile may list.
+        block_n: keys of a block.
+    """
+    shift = (first - layout.origin)[:, None]
+    limit = limit[:, None]
+    starts = layout.starts[:, None, :] + shift
+    # At most one block of a tile straddles key 0. `edge` is where it ends, `head` where what the
+    # slashes cover of it ends (keys between are not covered unless it stays a block).
+    straddles = (starts < 0) & (starts > -block_n)
+    edge = _sum(straddles * (starts + block_n))
+    head = _sum(straddles * (layout.ends[:, None, :] + shift)).clamp(min=0)
+    head = torch.minimum(head, limit + 1).clamp(min=0)
+    following = torch.where(starts >= 0, starts, _FAR)
+    following = F.pad(following, (0, 1), value=_FAR).amin(-1, keepdim=True)
+    as_block = (head >= _short(block_n)) & (following >= block_n)
+    kept = ((starts >= 0) & (starts <= limit)) | (straddles & as_block)
+    block_counts = kept.sum(-1)
+    block_indices = starts.clamp(min=0)[kept]
+
+    prefix = head.masked_fill(as_block, 0)  # leading keys 0 .. prefix - 1 become columns
+    front = torch.where(as_block, block_n, head)  # keys below are in that block or that prefix
+    column_counts, column_indices = _columns(
+        layout, verticals, shift, limit, prefix=prefix, front=front, edge=edge
+    )
+    return block_counts.flatten(), block_indices, column_counts.flatten(), column_indices
+
+
+def _columns(
+    layout: _Layout,
+    verticals: Tensor,
+    shift: Tensor,
+    limit: Tensor,
+    *,
+    prefix: Tensor,
+    front: Tensor,
+    edge: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Counts and values of the columns: the prefix, then verticals and singles merged.
+
+    Both sources are ascending, so a column's place is the number of kept columns of each source
+    before it, which prefix counts give without a sort.
+    """
+    heads, tiles = prefix.shape[:2]
+    keys = verticals[:, None, :].expand(heads, tiles, -1)
+    u = keys - shift
+    in_slash = _lookup(layout.taken, u)
+    keep = (keys <= limit) & (keys >= front) & ~(in_slash & (keys >= edge))
+    before = keep.cumsum(-1, dtype=torch.int32)
+    counts = prefix + before[..., -1:] if keep.shape[-1] else prefix
+    places = prefix + before - 1
+    parts = [(keys, keep, places)]
+
+    if layout.singles.shape[-1]:
+        more = layout.singles[:, None, :] + shift
+        keep_more = (more <= limit) & (more >= front)
+        before_more = keep_more.cumsum(-1, dtype=torch.int32)
+        counts = counts + before_more[..., -1:]
+        # Singles below each vertical, and verticals below each single: ranks of sorted lists.
+        singles_below = torch.searchsorted(
+            layout.singles, (u.flatten(1)).contiguous(), out_int32=True
+        ).view(u.shape)
+        rank = F.pad(before_more, (1, 0)).gather(-1, singles_below.long())
+        parts[0] = (keys, keep, places + rank)
+        verticals_below = torch.searchsorted(
+            verticals, more.flatten(1).contiguous(), out_int32=True
+        ).view(more.shape)
+        rank = F.pad(before, (1, 0)).gather(-1, verticals_below.long())
+        parts.append((more, keep_more, prefix + before_more - 1 + rank))
+
+    lead = torch.arange(int(prefix.max()) if prefix.numel() else 0, device=shift.device).int()
+    parts.append((lead.expand(heads, tiles, -1), lead < prefix, lead.expand(heads, tiles, -1)))
+    ends = counts.flatten().cumsum(0, dtype=torch.int64)
+    base = (ends - counts.flatten()).view(heads, tiles, 1)
+    out = verticals.new_empty(int(ends[-1]) if ends.numel() else 0)
+    for values, chosen, place in parts:
+        out[(base + place)[chosen]] = values[chosen]
+    return counts.long(), out
+
+
+def _short(block_n: int) -> int:
+    """Fewer covered keys than this are cheaper as columns than as a block."""
+    return max(1, block_n // 4)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(-1, keepdim=True, dtype=torch.int32)
+
+
+def _spread(marks: Tensor, width: int) -> Tensor:
+    """bool [heads, n + width - 1] with [i, i + width) set for every mark i of bool [heads, n]."""
+    total = F.pad(marks.int(), (width, width - 1)).cumsum(-1, dtype=torch.int32)
+    return total[:, width:] > total[:, :-width]
+
+
+def _next(marks: Tensor, at: Tensor) -> Tensor:
+    """int64 [heads, n + 1]: the first mark at or after each place, n if there is none."""
+    length = marks.shape[-1]
+    found = torch.where(marks, at, length).flip(-1).cummin(-1).values.flip(-1)
+    return F.pad(found, (0, 1), value=length)
+
+
+def _compact(marks: Tensor) -> Tensor:
+    """int32 [heads, most marks]: places of the marks, ascending, then _FAR."""
+    ranks = marks.cumsum(-1)
+    count = int(ranks[:, -1].max()) if marks.numel() else 0
+    out = torch.full((marks.shape[0], count + 1), _FAR, dtype=torch.int32, device=marks.device)
+    places = torch.arange(marks.shape[1], dtype=torch.int32, device=marks.device)
+    out.scatter_(1, torch.where(marks, ranks - 1, count), places.expand(marks.shape))
+    return out[:, :count].contiguous()
+
+
+def _lookup(table: Tensor, u: Tensor) -> Tensor:
+    """table[head, u], False outside; table bool [heads, n], u int32 [heads, tiles, count]."""
+    length = table.shape[-1]
+    inside = (u >= 0) & (u < length)
+    found = table.gather(1, u.clamp(0, length - 1).flatten(1).long()).view(u.shape)
+    return found & inside

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the whole suite: repeatable examples, few threads, no network."""
+
+import os
+
+# Before transformers is imported anywhere: tests make the models that they need.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The default draws the same examples on every run; `pytest --hypothesis-profile=explore` draws new
+# ones. No deadline: a first call may compile or start threads, which says nothing about the code.
+settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("explore", derandomize=False, deadline=None, max_examples=1000)
+settings.load_profile("ci")
+
+MAX_THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Run every test on at most MAX_THREADS threads and undo what it sets itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, MAX_THREADS))
+    yield
+    torch.set_num_threads(before)
