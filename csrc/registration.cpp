@@ -31,11 +31,12 @@ std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
 
-#define INDEX_ARGS                                                                      \
-  "Tensor heads, Tensor block_indptr, Tensor block_indices, Tensor? block_bits_ids, "   \
+#define INDEX_ARGS                                                                         \
+  "Tensor heads, Tensor block_indptr, Tensor block_indices, Tensor? block_bits_ids, "      \
   "Tensor? block_bits, Tensor column_indptr, Tensor column_indices, Tensor? column_bias, " \
   "int block_m, int block_n"
-#define CALL_ARGS "Tensor? seq_ranges, SymInt q_offset, bool causal, float softmax_scale, float softcap"
+#define CALL_ARGS \
+  "Tensor? seq_ranges, SymInt q_offset, bool causal, float softmax_scale, float softcap"
 
 // clang-format off
 STABLE_TORCH_LIBRARY(sparse_attn, m) {

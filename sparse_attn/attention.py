@@ -326,13 +326,15 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     num_heads, num_heads_kv = q.shape[1], k.shape[1]
-    if index.num_heads not in (1, num_heads, num_heads_kv):
+    # Spelt out: under torch.compile, `in` does not find a symbolic size in a tuple.
+    given = index.num_heads
+    if given != 1 and given != num_heads and given != num_heads_kv:
         raise ValueError(
             f"sparse_attn.{function}: the index has {index.num_heads} heads; pass one with 1, "
             f"{num_heads_kv} (KV heads) or {num_heads} (query heads)."
         )
     sequences = q.shape[0] if seq_ranges is None else seq_ranges.shape[0]
-    if index.batch_size not in (1, sequences):
+    if index.batch_size != 1 and index.batch_size != sequences:
         raise ValueError(
             f"sparse_attn.{function}: the index has batch {index.batch_size}; "
             f"pass one with 1 or {sequences}."

@@ -36,6 +36,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 SKIPPED_CHARACTERS = 20_000  # the measured text starts here; what is before calibrates
 CALIBRATION_TOKENS = 2048
+CALIBRATION_STRIDE = 16  # of the rows whose attention is looked at
 NEEDLE_TOKENS = 2048
 NEEDLES = (("falcon", 48213), ("otter", 90357), ("badger", 17642), ("heron", 65028))
 LOGIT_ROWS = 512  # logits of this many rows at a time: 49,152 words a row are large
@@ -276,29 +277,30 @@ def measure(
 # ------------------------------------------------------------------------------ choosing
 
 
-def recall_of_heads(q: Tensor, k: Tensor, pattern: Pattern, scaling: float) -> Tensor:
-    """Attention mass that a pattern keeps, per head, as a mean over the second half of the rows.
+def recall_of_heads(
+    q: Tensor, k: Tensor, patterns: Sequence[Pattern], scaling: float
+) -> list[list[float]]:
+    """Attention mass that each pattern keeps, per head: the mean over rows of the second half.
 
     Args:
         q: [1, num_heads, seqlen, head_dim].
         k: [1, num_heads_kv, seqlen, head_dim].
-        pattern: what is measured.
+        patterns: what is measured.
         scaling: factor of q . k.
 
     Returns:
-        float32 [num_heads].
+        For each pattern the recall of each head, in [0, 1].
     """
-    half, length, num_heads = q.shape[2] // 2, q.shape[2], q.shape[1]
-    visible = pattern.build(q, k, causal=True, softmax_scale=scaling).to_dense_mask()
-    visible = visible.expand(1, num_heads, length, length)
-    later = torch.ones(length - half, length, dtype=torch.bool).triu(half + 1)
-    recalls = []
-    for head in range(num_heads):  # one [seqlen, seqlen] at a time
-        key = k[0, head * k.shape[1] // num_heads].float()
-        scores = (q[0, head, half:].float() @ key.T) * scaling
-        probs = scores.masked_fill(later, -math.inf).softmax(-1)
-        recalls.append((probs * visible[0, head, half:]).sum(-1).mean())
-    return torch.stack(recalls)
+    num_heads, length = q.shape[1:3]
+    rows = torch.arange(length // 2, length, CALIBRATION_STRIDE)
+    keys = k.float().repeat_interleave(num_heads // k.shape[1], dim=1)
+    scores = q[:, :, rows].float() @ keys.mT * scaling
+    probs = scores.masked_fill(torch.arange(length) > rows[:, None], -math.inf).softmax(-1)
+    recalls: list[list[float]] = []
+    for pattern in patterns:
+        mask = pattern.build(q, k, causal=True, softmax_scale=scaling).to_dense_mask()
+        recalls.append((probs * mask[:, :, rows]).sum(-1).mean(-1)[0].tolist())
+    return recalls
 
 
 def choose_heads(model: Any, ids: Tensor) -> tuple[PerHead, ...]:
@@ -310,11 +312,11 @@ def choose_heads(model: Any, ids: Tensor) -> tuple[PerHead, ...]:
     chosen: list[PerHead] = []
 
     def look(function: Any, module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        patterns: list[Pattern] = [Dense()] * q.shape[1]
-        for candidate in reversed(LADDER):
-            recall = recall_of_heads(q, k, candidate, kwargs["scaling"])
-            good = (recall >= RECALL).tolist()
-            patterns = [candidate if g else p for g, p in zip(good, patterns, strict=True)]
+        recalls = recall_of_heads(q, k, LADDER, kwargs["scaling"])
+        patterns: list[Pattern] = []
+        for of_head in zip(*recalls, strict=True):
+            good = [p for p, recall in zip(LADDER, of_head, strict=True) if recall >= RECALL]
+            patterns.append(good[0] if good else Dense())
         chosen.append(PerHead(patterns))
         return function(module, q, k, *args, **kwargs)
 

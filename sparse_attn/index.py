@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .density import densities
 from .lists import (
     HeadKind,
     cat_lists,
+    check_same,
     check_shapes,
     check_tile_sizes,
+    densities,
     keys_mask,
     refined,
     shifted_indptrs,
@@ -150,10 +151,10 @@ class SparseIndex:
                     f"sparse_attn.SparseIndex: {name}={value} is negative; pass 0 for none."
                 )
         # Fills, unlike torch.tensor, need no copy from the host: legal in a CUDA graph.
-        row = (int(HeadKind.STREAMING), sink, window, dense_tail)
-        heads = torch.stack(
-            [torch.full((num_heads,), x, dtype=torch.int32, device=device) for x in row], dim=1
-        )
+        kind = int(HeadKind.STREAMING)
+        heads = torch.full((num_heads, 4), kind, dtype=torch.int32, device=device)
+        for column, value in ((1, sink), (2, window), (3, dense_tail)):
+            heads.select(1, column).fill_(value)
         return _list_free(heads, seqlen_q, seqlen_k, block_m, block_n)
 
     @classmethod
@@ -379,7 +380,8 @@ class SparseIndex:
 
     def to(self, device: torch.device | str) -> SparseIndex:
         """The same index with its tensors on `device`."""
-        return replace(self, **{name: t.to(device) for name, t in tensors(self).items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in tensors(self).items()}
+        return replace(self, **moved)
 
     def validate(self) -> SparseIndex:
         """Reads every list (on the CPU) and checks all that the class states; returns self.
@@ -394,7 +396,8 @@ class SparseIndex:
                 *self.to("cpu").op_args(), self.seqlen_q, self.seqlen_k
             )
         except RuntimeError as error:
-            raise ValueError(f"sparse_attn.SparseIndex: {error}") from None
+            fault = str(error).split("\n")[0].removeprefix("sparse_attn::check_index: ")
+            raise ValueError(f"sparse_attn.SparseIndex: {fault}") from None
         return self
 
     # ---------------------------------------------------------------- meaning
@@ -489,7 +492,7 @@ class SparseIndex:
         """
         if len(parts) == 1:
             return parts[0]
-        _check_same(parts, "cat_heads", ("seqlen_q", "seqlen_k", "block_m", "block_n"))
+        check_same(parts, "cat_heads", ("seqlen_q", "seqlen_k", "block_m", "block_n"))
         batch_size = max(part.batch_size for part in parts)
         for part in parts:
             if part.batch_size not in (1, batch_size):
@@ -519,7 +522,7 @@ class SparseIndex:
         """
         if len(parts) == 1:
             return parts[0]
-        _check_same(parts, "stack", ("block_m", "block_n"))
+        check_same(parts, "stack", ("block_m", "block_n"))
         num_heads = max(part.num_heads for part in parts)
         parts = _agree_on_heads([part.expand_heads(num_heads) for part in parts])
         seqlen_q = max(part.seqlen_q for part in parts)
@@ -596,6 +599,8 @@ def _agree_on_heads(parts: list[SparseIndex]) -> list[SparseIndex]:
     """Lists the tiles of dense heads that are listed in another part."""
     if all(part.heads is parts[0].heads for part in parts):
         return parts
+    from . import convert
+
     rows = [part.heads.tolist() for part in parts]
     agreed = []
     for part, own in zip(parts, rows, strict=True):
@@ -612,30 +617,7 @@ def _agree_on_heads(parts: list[SparseIndex]) -> list[SparseIndex]:
             if row[0] == HeadKind.DENSE:
                 chosen[h] = part.num_heads
         if max(chosen, default=0) == part.num_heads:
-            tiles = (1, 1, part.num_tiles, (part.seqlen_k + part.block_n - 1) // part.block_n)
-            every = SparseIndex.from_blocks(
-                torch.ones(tiles, dtype=torch.bool, device=part.device),
-                block_m=part.block_m,
-                block_n=part.block_n,
-                seqlen_q=part.seqlen_q,
-                seqlen_k=part.seqlen_k,
-            )
+            every = convert.all_blocks(part)
             part = SparseIndex.cat_heads([part, every]).select_heads(chosen)
         agreed.append(part)
     return agreed
-
-
-# -------------------------------------------------------------------- checks
-
-
-def _check_same(parts: Sequence[SparseIndex], function: str, names: tuple[str, ...]) -> None:
-    if not parts:
-        raise ValueError(f"sparse_attn.SparseIndex.{function}: no parts; pass at least one.")
-    for name in names:
-        values = [getattr(part, name) for part in parts]
-        if any(value != values[0] for value in values):
-            hint = "; bring them to one size with with_tiles" if name.startswith("block") else ""
-            raise ValueError(
-                f"sparse_attn.SparseIndex.{function}: the parts have different {name}, "
-                f"{values}{hint}."
-            )

@@ -8,12 +8,14 @@ never torch.ops.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_attn.index import SparseIndex
+if TYPE_CHECKING:
+    from sparse_attn.index import SparseIndex
 
 
 def _load() -> None:
@@ -76,7 +78,10 @@ def attention(
 
     Raises:
         RuntimeError: the index breaks a rule (see SparseIndex), or shapes do not fit.
+        NotImplementedError: q, k, v or sinks carry a forward-mode tangent.
     """
+    if not torch.compiler.is_compiling():
+        _refuse_tangents(q, k, v, sinks)
     out, lse = _ops.attention(
         q,
         k,
@@ -90,6 +95,19 @@ def attention(
         sinks,
     )
     return out, lse
+
+
+def _refuse_tangents(*inputs: Tensor | None) -> None:
+    """An operator without a forward-mode formula would drop tangents: a derivative of 0."""
+    for x in inputs:
+        if x is None:
+            continue
+        dual = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+        if dual.tangent is not None:
+            raise NotImplementedError(
+                "sparse_attn: attention has no forward-mode derivative; use reverse mode "
+                "(backward, torch.autograd.grad)."
+            )
 
 
 def cpu_capability() -> str:
@@ -145,10 +163,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         next(iterator) if is_tensor else number
         for is_tensor, number in zip(ctx.is_tensor, ctx.numbers, strict=True)
     ]
-    # d lse / d logit is the probability, as is d out / d logit up to (v - out): one row term.
-    delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    # d lse / d logit is the probability, as is d out / d logit up to (v - out): one row term.
+    delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
     grads = _ops.attention_backward(
         grad_out.to(q.dtype), delta.contiguous(), lse, q, k, v, *call_args
     )
@@ -159,4 +177,13 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return (*grads, *([None] * (ctx.num_inputs - 4)), grad_sinks)
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "sparse_attn: attention has a first derivative only; call backward without create_graph, "
+        "or compute what needs a second derivative with torch's own attention."
+    )
+
+
 torch.library.register_autograd("sparse_attn::attention", _backward, setup_context=_setup_context)
+# Without a formula that raises, the gradient would pass for a constant.
+torch.library.register_autograd("sparse_attn::attention_backward", _no_second_derivative)

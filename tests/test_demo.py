@@ -158,14 +158,14 @@ def test_needles_lie_in_the_prose(number: int) -> None:
 
 def test_recall_of_heads_is_the_mass_kept() -> None:
     torch.manual_seed(0)
-    q, k = torch.randn(1, 4, 48, 16), torch.randn(1, 2, 48, 16)
-    assert torch.allclose(demo.recall_of_heads(q, k, Dense(), 0.25), torch.ones(4))
-    pattern = AShape(sink=2, window=5)
-    p, j = torch.arange(48)[:, None], torch.arange(48)[None]
+    q, k = torch.randn(1, 4, 96, 16), torch.randn(1, 2, 96, 16)
+    p, j = torch.arange(96)[:, None], torch.arange(96)[None]
     scores = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(j > p, -math.inf)
-    kept = scores.softmax(-1) * ((j < 2) | (p - j < 5))
-    expected = kept.sum(-1)[0, :, 24:].mean(-1)
-    assert torch.allclose(demo.recall_of_heads(q, k, pattern, 0.25), expected, atol=1e-6)
+    kept = (scores.softmax(-1) * ((j < 2) | (p - j < 5))).sum(-1)
+    expected = kept[0, :, 48 :: demo.CALIBRATION_STRIDE].mean(-1)
+    dense, found = demo.recall_of_heads(q, k, [Dense(), AShape(sink=2, window=5)], 0.25)
+    assert torch.allclose(torch.tensor(dense), torch.ones(4))
+    assert torch.allclose(torch.tensor(found), expected)
 
 
 def test_ladder_ends_wider_than_it_starts() -> None:

@@ -20,7 +20,7 @@ PACKAGE = REPO / "sparse_attn"
 
 LAYERS = (
     {"env", "errors", "ops"},
-    {"convert", "index", "lists", "selection"},
+    {"convert", "density", "index", "lists", "selection"},
     {"patterns"},
     {"backends", "attention"},
 )

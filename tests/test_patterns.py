@@ -89,7 +89,9 @@ def test_dense_sees_everything_and_holds_no_list(shape):
     assert index.is_list_free and not Dense.data_dependent
 
 
-@pytest.mark.parametrize("pattern", [Dense(), AShape(4, 8, 2), SlidingWindow(8)])
+@pytest.mark.parametrize(
+    "pattern", [Dense(), AShape(4, 8, 2), PerHead([Dense(), SlidingWindow(8)])]
+)
 def test_static_builds_compile_as_one_graph(pattern):
     def build(q, k):
         return pattern.build(q, k).heads
@@ -144,6 +146,13 @@ def test_block_sparse_breaks_ties_by_index():
     assert index.block_indices.tolist() == [0, 8, 40, 0, 8, 56]
 
 
+def test_density_rounds_up_the_exact_product():
+    # 0.07 * 100 is above 7 in floating point.
+    q, k = _qk((1, 1, 1, 16, 800, None))
+    pattern = BlockSparse(density=0.07, block_m=16, block_n=8)
+    assert pattern.build(q, k).block_indices.numel() == 7
+
+
 def test_block_sparse_in_bands_is_the_same(monkeypatch):
     q, k = _qk((2, 3, 1, 130, 130, None))
     pattern = BlockSparse(density=0.4, block_m=16, block_n=16)
@@ -162,7 +171,7 @@ def _limit_bands(monkeypatch, limit):
     for module in ("block_sparse", "slash_lists"):
         monkeypatch.setattr(
             f"sparse_attn.patterns.{module}.bands",
-            lambda outer, inner, width: bands(outer, inner, width, limit),
+            lambda outer, inner, width, most=0: bands(outer, inner, width, limit),
         )
 
 
@@ -210,12 +219,8 @@ def _check_contract(lists, verticals, slashes, *, seqlen_q, seqlen_k, q_offset, 
             in_blocks = {key for b in blocks for key in range(b, b + block_n)}
             assert not in_blocks.intersection(columns)
             limit = min(last, seqlen_k - 1) if causal else seqlen_k - 1
-            slash_keys = {
-                key
-                for s in chosen_s
-                for key in range(first - s, first - s + block_m)
-                if 0 <= key < seqlen_k
-            }
+            reached = {key for s in chosen_s for key in range(first - s, first - s + block_m)}
+            slash_keys = {key for key in reached if 0 <= key < seqlen_k}
             # Everything required: every vertical, every slash of every row of the tile.
             needed = {v for v in chosen_v if v <= limit}
             needed |= {p - s for p in range(first, last + 1) for s in chosen_s}
@@ -224,7 +229,7 @@ def _check_contract(lists, verticals, slashes, *, seqlen_q, seqlen_k, q_offset, 
             # Nothing foreign: a column is a vertical or covered by a slash (or in the block that
             # straddled key 0), and every block holds a key that some slash covers.
             assert all(slash_keys.intersection(range(b, b + block_n)) for b in blocks)
-            near = {key for key in range(block_n) if slash_keys.intersection(range(key, block_n))}
+            near = {key for key in range(block_n) if reached.intersection(range(key, block_n))}
             assert set(columns) <= slash_keys.union(chosen_v).union(near)
             assert all(column <= limit for column in columns)
             assert all(block <= limit for block in blocks)
@@ -404,6 +409,24 @@ def test_vertical_slash_is_exact_where_blocks_fit():
     assert index.block_indices.tolist() == [0, 0, 64, 64, 128, 128, 192]
 
 
+def test_long_runs_are_blocks_and_short_rests_columns():
+    # Slashes 0 .. 260 of the tile at 448 cover keys 188 .. 511: five blocks, and four keys over.
+    index = vertical_slash_index(
+        torch.tensor([[[-1]]]), torch.arange(261).view(1, 1, -1), seqlen_q=512, seqlen_k=512
+    )
+    first_block, first_column = index.block_indptr[0, 0, 7], index.column_indptr[0, 0, 7]
+    assert index.block_indices[first_block:].tolist() == [188, 252, 316, 380, 444]
+    assert index.column_indices[first_column:].tolist() == [508, 509, 510, 511]
+
+
+def test_repeated_indices_count_once():
+    index = vertical_slash_index(
+        torch.tensor([[[5, 70, 5, -1, 70]]]), torch.tensor([[[0, 0]]]), seqlen_q=128, seqlen_k=128
+    )
+    assert index.block_indices.tolist() == [0, 64]
+    assert index.column_indices.tolist() == [5]
+
+
 # ------------------------------------------------------------------------------ what all share
 
 BATCHED = [
@@ -414,6 +437,22 @@ BATCHED = [
         {1: BlockSparse(top_k=2, block_m=16, block_n=16)}, default=VerticalSlash(9, 50, 8, 2, 3)
     ),
 ]
+
+
+@pytest.mark.parametrize("pattern", BATCHED, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("shape", SHAPES[1:3] + SHAPES[5:])
+def test_built_indexes_are_lawful(pattern, shape):
+    q, k = _qk(shape)
+    for causal in (True, False):
+        pattern.build(q, k, causal=causal, q_offset=shape[5]).validate()
+
+
+@pytest.mark.parametrize("pattern", [*BATCHED, AShape(4, 9, 2), Dense()], ids=str)
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+def test_no_rows_or_no_keys(pattern, lengths):
+    index = pattern.build(*_qk((2, 4, 2, *lengths, None)))
+    assert index.num_tiles == min(lengths[0], 1)
+    assert index.block_indices.numel() == index.column_indices.numel() == 0
 
 
 @pytest.mark.parametrize("pattern", BATCHED, ids=lambda p: type(p).__name__)
@@ -591,6 +630,7 @@ def test_resolve_lists_and_objects():
     assert resolve(Dense(), 4) == Dense()
     assert resolve(["dense", AShape()], 2) == PerHead([Dense(), AShape()])
     assert resolve(["dense", Dense()], 2) == Dense()
+    assert resolve({1: "dense", 0: AShape()}, 2) == PerHead([AShape(), Dense()])
     pattern = PerHead({0: AShape()}, default=Dense())
     assert resolve(pattern, 2) is pattern
 
@@ -605,6 +645,8 @@ def test_resolve_lists_and_objects():
         (["dense", 3], TypeError, "3 is a int"),
         (["dense"], ValueError, "1 patterns for 2 query heads"),
         (PerHead([Dense()]), ValueError, "1 of 2 heads have a pattern"),
+        ({1: Dense()}, ValueError, "1 of 2 heads have a pattern"),
+        ({}, ValueError, "no pattern given"),
     ],
 )
 def test_resolve_messages(pattern, error, text):

@@ -85,8 +85,7 @@ inline IndexFault check_columns(const IndexView& index, const TileLists& lists, 
 inline IndexFault check_tile(const IndexView& index, int64_t batch, int64_t head, int64_t tile,
                              int64_t seqlen_k) {
   const TileLists lists = tile_lists(index, batch, head, tile);
-  IndexFault fault =
-      detail::check_slice(lists.block_begin, lists.block_end, index.block_capacity);
+  IndexFault fault = detail::check_slice(lists.block_begin, lists.block_end, index.block_capacity);
   if (!fault)
     fault = detail::check_slice(lists.column_begin, lists.column_end, index.column_capacity);
   const int32_t kind = index.heads[head * 4];

@@ -106,8 +106,7 @@ class KeyStream {
         if (key < end) break;
         ++block_;
         block_done_ = 0;
-      } else if (column_ < lists_.column_end &&
-                 index_.column_indices[column_] < outer_.max_hi) {
+      } else if (column_ < lists_.column_end && index_.column_indices[column_] < outer_.max_hi) {
         take_columns(chunk);
       } else {
         break;
@@ -154,8 +153,7 @@ class KeyStream {
       const int64_t p = row + sequence.q_offset;
       const bool dense = row >= sequence.q_len - dense_tail;
       window_.lo[r] = dense ? 0 : clamp_key(p - window + 1, sequence.k_len);
-      window_.hi[r] =
-          dense || causal ? outer_.hi[r] : clamp_key(p + window, sequence.k_len);
+      window_.hi[r] = dense || causal ? outer_.hi[r] : clamp_key(p + window, sequence.k_len);
       if (window == 0 && !dense) window_.hi[r] = window_.lo[r] = 0;
     }
     summarise(window_, tile_.rows());
@@ -182,7 +180,8 @@ class KeyStream {
       chunk.position[at] = key + i;
       chunk.k[at] = k + i * k_stride_;
       chunk.v[at] = v + i * v_stride_;
-      if (chunk.has_bits) chunk.bits[at] = mask < 0 ? ~uint64_t{0} : row_bits(mask, offset_in_block + i);
+      if (chunk.has_bits)
+        chunk.bits[at] = mask < 0 ? ~uint64_t{0} : row_bits(mask, offset_in_block + i);
       if (chunk.has_bias) chunk.bias[at] = 0.0f;
     }
     chunk.count += n;

@@ -9,7 +9,9 @@ namespace sparse_attn {
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 // Internal linkage: translation units built for different instruction sets must not share it.
-static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+static inline int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
 
 enum HeadKind : int32_t { kDense = 0, kStreaming = 1, kListed = 2 };
 
@@ -48,11 +50,11 @@ struct Sequence {
 };
 
 struct AttentionParams {
-  TensorView q;          // [batch, num_heads, seqlen_q, head_dim]
-  TensorView k;          // [batch, num_heads_kv, seqlen_k, head_dim]
-  TensorView v;          // [batch, num_heads_kv, seqlen_k, head_dim_v]
-  TensorView out;        // [batch, num_heads, seqlen_q, head_dim_v]
-  float* lse = nullptr;  // [batch, num_heads, seqlen_q] contiguous
+  TensorView q;                         // [batch, num_heads, seqlen_q, head_dim]
+  TensorView k;                         // [batch, num_heads_kv, seqlen_k, head_dim]
+  TensorView v;                         // [batch, num_heads_kv, seqlen_k, head_dim_v]
+  TensorView out;                       // [batch, num_heads, seqlen_q, head_dim_v]
+  float* lse = nullptr;                 // [batch, num_heads, seqlen_q] contiguous
   const float* sinks = nullptr;         // [num_heads] or null
   const Sequence* sequences = nullptr;  // [num_sequences]
   IndexView index;
@@ -72,12 +74,12 @@ struct AttentionParams {
 // What attention's backward adds: gradients in, gradients out. Gradients have the dtype of the
 // inputs except the float32 row terms.
 struct BackwardParams {
-  AttentionParams forward;      // out unused; lse is the forward's
-  TensorView grad_out;          // [batch, num_heads, seqlen_q, head_dim_v]
+  AttentionParams forward;       // out unused; lse is the forward's
+  TensorView grad_out;           // [batch, num_heads, seqlen_q, head_dim_v]
   const float* delta = nullptr;  // [batch, num_heads, seqlen_q]: rowsum(grad_out * out) - grad_lse
-  TensorView grad_q;            // [batch, num_heads, seqlen_q, head_dim]
-  TensorView grad_k;            // [batch, num_heads_kv, seqlen_k, head_dim]
-  TensorView grad_v;            // [batch, num_heads_kv, seqlen_k, head_dim_v]
+  TensorView grad_q;             // [batch, num_heads, seqlen_q, head_dim]
+  TensorView grad_k;             // [batch, num_heads_kv, seqlen_k, head_dim]
+  TensorView grad_v;             // [batch, num_heads_kv, seqlen_k, head_dim_v]
 };
 
 }  // namespace sparse_attn

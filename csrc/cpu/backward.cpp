@@ -99,8 +99,7 @@ IndexFault attention_backward(const BackwardParams& params, const Executor& exec
 
   FaultBox faults;
   deal(executor, static_cast<int64_t>(starts.size()) - 1, [&](int64_t i) {
-    return faults.empty() &&
-           run_kv_head(params, table, schedule, starts[i], starts[i + 1], faults);
+    return faults.empty() && run_kv_head(params, table, schedule, starts[i], starts[i + 1], faults);
   });
   return faults.take();
 }

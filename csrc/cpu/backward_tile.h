@@ -60,8 +60,8 @@ SPARSE_ATTN_INLINE void scatter_chunk(const BackwardTile& b, const KeyChunk& c,
 
 SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
   Tile& t = b.fwd;
-  const auto both = [&](const char* const* rows, int dim, float* columns, float* row_major)
-      __attribute__((always_inline)) {
+  const auto both = [&](const char* const* rows, int dim, float* columns,
+                        float* row_major) __attribute__((always_inline)) {
     transpose_rows(t.rows, dim, columns,
                    [&](int r, int d) { return load_row(rows[r], d, dim, t.dtype); });
     for (int r = 0; r < t.rows; ++r)

@@ -16,15 +16,19 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A vector of lane sums holds kLanes (row, key) products, so no more rows than lanes.
 constexpr int kDimRows = kLanes < kMaxDimRows ? kLanes : kMaxDimRows;
 
-SPARSE_ATTN_INLINE int padded_dim(int dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+SPARSE_ATTN_INLINE int padded_dim(int dim) {
+  return (dim + kLanes - 1) / kLanes * kLanes;
+}
 
-template <DType kType>
+// kTail: the row's length is no multiple of kLanes. Kept out of the loops that need not know.
+template <DType kType, bool kTail>
 SPARSE_ATTN_INLINE Vec load_typed(const char* row, int d, int n) {
-  return load_row(row, d, n, kType);
+  if constexpr (kTail) return load_row(row, d, n, kType);
+  return load_wide(row + d * (kType == DType::kFloat32 ? 4 : 2), kType);
 }
 
 // scores[row][key] for kRows rows and kLanes / kRows keys.
-template <DType kType, int kRows>
+template <DType kType, int kRows, bool kTail>
 SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* out) {
   constexpr int kKeys = kLanes / kRows;
   const int pitch = padded_dim(t.head_dim);
@@ -37,7 +41,7 @@ SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* o
     for (int r = 0; r < kRows; ++r) q[r] = load(t.q + r * pitch + d);
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i) {
-      const Vec x = load_typed<kType>(k[i], d, t.head_dim);
+      const Vec x = load_typed<kType, kTail>(k[i], d, t.head_dim);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = q[r] * x + acc[r * kKeys + i];
     }
@@ -50,39 +54,40 @@ SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* o
     memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
 }
 
-template <DType kType, int kRows>
-SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim, int dims,
+// acc for kRows rows and kVecs vectors of dims, over all keys of the chunk.
+template <DType kType, int kRows, int kVecs, bool kTail>
+SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim,
                                         const KeyChunk* next) {
-  constexpr int kVecs = 8 / kRows > 2 ? 8 / kRows : 2;
   const int pitch = padded_dim(t.head_dim_v);
   const int key_bytes = t.head_dim * (kType == DType::kFloat32 ? 4 : 2);
+  const int dims = t.head_dim_v;
+  const int count = c.count;
+  const int prefetch = next != nullptr ? next->count : 0;
   float* acc_at = t.acc + first_dim;
+  const float* p = t.scores;
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j)
-      acc[r][j] = j * kLanes < dims ? load(acc_at + r * pitch + j * kLanes) * t.alpha[r] : Vec{};
-  for (int key = 0; key < c.count; ++key) {
-    if (next != nullptr && key < next->count) prefetch_row(next->k[key], key_bytes);
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = load(acc_at + r * pitch + j * kLanes) * t.alpha[r];
+  for (int key = 0; key < count; ++key) {
+    if (key < prefetch) prefetch_row(next->k[key], key_bytes);
+    const char* row = c.v[key];
     Vec x[kVecs];
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j)
-      x[j] = j * kLanes < dims
-                 ? load_typed<kType>(c.v[key], first_dim + j * kLanes, t.head_dim_v)
-                 : Vec{};
+      x[j] = load_typed<kType, kTail>(row, first_dim + j * kLanes, dims);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const Vec p = splat(t.scores[r * kChunkKeys + key]);
+      const Vec b = splat(p[r * kChunkKeys + key]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = p * x[j] + acc[r][j];
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = b * x[j] + acc[r][j];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j)
-      if (j * kLanes < dims) store(acc_at + r * pitch + j * kLanes, acc[r][j]);
+    for (int j = 0; j < kVecs; ++j) store(acc_at + r * pitch + j * kLanes, acc[r][j]);
 }
 
 // Scale, softcap, bias and visibility of one row's scores, then the online softmax over its keys.
@@ -99,11 +104,10 @@ inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
     store(s + i, x * kLog2E);
   }
   for (int i = 0; i < padded; ++i) {
-    const bool seen =
-        i < c.count &&
-        (c.limits == nullptr ||
-         (c.position[i] >= c.limits->lo[r] && c.position[i] < c.limits->hi[r])) &&
-        (!c.has_bits || ((c.bits[i] >> r) & 1) != 0);
+    const bool seen = i < c.count &&
+                      (c.limits == nullptr ||
+                       (c.position[i] >= c.limits->lo[r] && c.position[i] < c.limits->hi[r])) &&
+                      (!c.has_bits || ((c.bits[i] >> r) & 1) != 0);
     if (!seen) s[i] = kNegInf;
   }
   for (int i = 0; i < padded; i += kLanes) top = max(top, load(s + i));
@@ -123,22 +127,38 @@ inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
   t.row_sum[r] = total;
 }
 
-template <DType kType, int kRows>
-SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+template <DType kType, int kRows, bool kTail>
+SPARSE_ATTN_INLINE void score_chunk(Tile& t, const KeyChunk& c) {
   constexpr int kKeys = kLanes / kRows;
+  const int value_bytes = t.head_dim_v * (kType == DType::kFloat32 ? 4 : 2);
   const char* keys[kLanes];
   for (int i = 0; i < c.count; i += kKeys) {
-    for (int j = 0; j < kKeys; ++j) keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
-    score_dims<kType, kRows>(t, keys, t.scores + i);
+    for (int j = 0; j < kKeys; ++j) {
+      const int at = i + j < c.count ? i + j : c.count - 1;
+      keys[j] = c.k[at];
+      prefetch_row(c.v[at], value_bytes);
+    }
+    score_dims<kType, kRows, kTail>(t, keys, t.scores + i);
+  }
+}
+
+template <DType kType, int kRows>
+SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  if (t.head_dim % kLanes == 0) {
+    score_chunk<kType, kRows, false>(t, c);
+  } else {
+    score_chunk<kType, kRows, true>(t, c);
   }
   for (int r = 0; r < t.rows; ++r) softmax_row(t, c, r);
   for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
-  constexpr int kVecs = 8 / kRows > 2 ? 8 / kRows : 2;
-  for (int d = 0; d < t.head_dim_v; d += kVecs * kLanes) {
-    const int left = t.head_dim_v - d;
-    accumulate_dims<kType, kRows>(t, c, d, left < kVecs * kLanes ? left : kVecs * kLanes,
-                                  d == 0 ? next : nullptr);
-  }
+  // Register blocks: as wide as 16 accumulators allow, then single vectors, the last with a tail.
+  constexpr int kWide = kRows <= 2 ? 8 : 16 / kRows;
+  int d = 0;
+  for (; d + kWide * kLanes <= t.head_dim_v; d += kWide * kLanes)
+    accumulate_dims<kType, kRows, kWide, false>(t, c, d, d == 0 ? next : nullptr);
+  for (; d + kLanes <= t.head_dim_v; d += kLanes)
+    accumulate_dims<kType, kRows, 1, false>(t, c, d, d == 0 ? next : nullptr);
+  if (d < t.head_dim_v) accumulate_dims<kType, kRows, 1, true>(t, c, d, d == 0 ? next : nullptr);
 }
 
 template <DType kType>

@@ -14,9 +14,9 @@
 namespace sparse_attn::cpu {
 namespace {
 
-constexpr int64_t kShortQuery = 16;       // rows up to which keys are split
-constexpr int64_t kMinPieceKeys = 1024;   // shorter pieces cost more in merging than they gain
-constexpr int64_t kPiecesPerCall = 64;    // enough for the threads of a large machine
+constexpr int64_t kShortQuery = 16;      // rows up to which keys are split
+constexpr int64_t kMinPieceKeys = 1024;  // shorter pieces cost more in merging than they gain
+constexpr int64_t kPiecesPerCall = 64;   // enough for the threads of a large machine
 
 // A tile, or a piece of its keys.
 struct Task {
@@ -163,9 +163,8 @@ void merge_row(const AttentionParams& p, const Kernels& kernels, const Pieces& p
   kernels.narrow(sum,
                  const_cast<char*>(row_pointer(p.out, s.batch, head, row, element_size(p.dtype))),
                  p.head_dim_v, p.dtype);
-  *lse_pointer(p, s.batch, head, row) =
-      weights > 0.0 ? static_cast<float>(top + std::log(weights))
-                    : (weights == 0.0 ? -INFINITY : NAN);
+  *lse_pointer(p, s.batch, head, row) = weights > 0.0 ? static_cast<float>(top + std::log(weights))
+                                                      : (weights == 0.0 ? -INFINITY : NAN);
 }
 
 IndexFault run_split_tiles(const AttentionParams& p, const Kernels& kernels,

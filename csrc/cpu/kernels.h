@@ -59,7 +59,9 @@ struct BackwardTile {
 };
 
 // Row pitch of the float32 gradient accumulators: a whole number of the widest vectors.
-constexpr int grad_pitch(int dim) { return (dim + 15) / 16 * 16; }
+constexpr int grad_pitch(int dim) {
+  return (dim + 15) / 16 * 16;
+}
 
 struct Kernels {
   const char* name;

@@ -21,7 +21,8 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // Keys (or dims) per micro-kernel call: enough accumulators to hide the FMA latency, few enough
 // to stay in registers beside the row vectors and one broadcast.
 template <int kVecs>
-constexpr int kGroup = kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
+constexpr int kGroup =
+    kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
 
 template <int kKeys, int kVecs>
 SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, int head_dim,
@@ -105,8 +106,7 @@ SPARSE_ATTN_KERNEL void score_pairs(const float* __restrict q, const char* const
   for (int d = 0; d < head_dim; d += 2) {
     __m512i x[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j)
-      x[j] = _mm512_load_si512(q + d / 2 * kTileRows + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) x[j] = _mm512_load_si512(q + d / 2 * kTileRows + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kKeys; ++i) {
       const __m512i b = splat_pair(row[i] + d);
@@ -200,8 +200,8 @@ SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* cons
 #endif
     score<kKeys, kVecs>(q, keys + i, t.head_dim, s + i * kTileRows);
   };
-  for_groups<kGroup<kVecs>>(n, [&](int i) { run(i, Int<kGroup<kVecs>>{}); },
-                            [&](int i) { run(i, Int<4>{}); });
+  for_groups<kGroup<kVecs>>(
+      n, [&](int i) { run(i, Int<kGroup<kVecs>>{}); }, [&](int i) { run(i, Int<4>{}); });
 }
 
 // Applies what a plain product lacks: softcap, bias, limits and bits. Afterwards the scores are in
@@ -317,8 +317,8 @@ SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char*
 #endif
     accumulate<kDims, kVecs>(t.scores + first_row, values, d, c.count, alpha, o + d * kTileRows);
   };
-  for_groups<kGroup<kVecs>>(t.head_dim_v, [&](int d) { run(d, Int<kGroup<kVecs>>{}); },
-                            [&](int d) { run(d, Int<4>{}); });
+  for_groups<kGroup<kVecs>>(
+      t.head_dim_v, [&](int d) { run(d, Int<kGroup<kVecs>>{}); }, [&](int d) { run(d, Int<4>{}); });
 }
 
 // Pointers to float32 rows: the rows themselves, or widened copies of 16-bit rows in `wide`.
@@ -412,9 +412,8 @@ SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
       return load_row(t.q_rows[r], d, t.head_dim / 2, DType::kFloat32);  // a pair is one lane
     });
   } else {
-    transpose_rows(t.rows, t.head_dim, t.q, [&](int r, int d) {
-      return load_row(t.q_rows[r], d, t.head_dim, t.dtype);
-    });
+    transpose_rows(t.rows, t.head_dim, t.q,
+                   [&](int r, int d) { return load_row(t.q_rows[r], d, t.head_dim, t.dtype); });
   }
   memset(t.acc, 0, sizeof(float) * t.head_dim_v * kTileRows);
   for (int r = 0; r < kTileRows; ++r) {

@@ -55,9 +55,9 @@ class Schedule {
   const std::vector<Unit>& units() const { return units_; }
 
   const Unit& unit_of_tile(int64_t tile) const {
-    const auto after = std::upper_bound(
-        units_.begin(), units_.end(), tile,
-        [](int64_t value, const Unit& unit) { return value < unit.first_tile; });
+    const auto after =
+        std::upper_bound(units_.begin(), units_.end(), tile,
+                         [](int64_t value, const Unit& unit) { return value < unit.first_tile; });
     return *(after - 1);
   }
 
@@ -87,8 +87,7 @@ class Schedule {
     unit.tile_stride = listed ? index.block_m : kTileRows;
     unit.tile_stride = std::min(unit.tile_stride, std::max<int64_t>(sequence.q_len, 1));
     unit.rows_per_head = static_cast<int32_t>(std::min<int64_t>(unit.tile_stride, kTileRows));
-    unit.tiles_per_parent =
-        static_cast<int32_t>((unit.tile_stride + kTileRows - 1) / kTileRows);
+    unit.tiles_per_parent = static_cast<int32_t>((unit.tile_stride + kTileRows - 1) / kTileRows);
     unit.tiles = (sequence.q_len + unit.tile_stride - 1) / unit.tile_stride * unit.tiles_per_parent;
     return unit;
   }

@@ -55,10 +55,18 @@ SPARSE_ATTN_INLINE T load_as(const void* p) {
   memcpy(&x, p, sizeof(T));
   return x;
 }
-SPARSE_ATTN_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
-SPARSE_ATTN_INLINE void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
-SPARSE_ATTN_INLINE Vec splat(float x) { return x - Vec{}; }
-SPARSE_ATTN_INLINE IntVec splat_int(int32_t x) { return x - IntVec{}; }
+SPARSE_ATTN_INLINE Vec load(const float* p) {
+  return load_as<Vec>(p);
+}
+SPARSE_ATTN_INLINE void store(float* p, Vec x) {
+  memcpy(p, &x, sizeof(x));
+}
+SPARSE_ATTN_INLINE Vec splat(float x) {
+  return x - Vec{};
+}
+SPARSE_ATTN_INLINE IntVec splat_int(int32_t x) {
+  return x - IntVec{};
+}
 template <class To, class From>
 SPARSE_ATTN_INLINE To bits_as(From x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -114,7 +122,9 @@ SPARSE_ATTN_INLINE void transpose_stage(Vec* x) {
     transpose_stage<kStep / 2>(x);
   }
 }
-SPARSE_ATTN_INLINE void transpose(Vec* x) { transpose_stage<kLanes / 2>(x); }
+SPARSE_ATTN_INLINE void transpose(Vec* x) {
+  transpose_stage<kLanes / 2>(x);
+}
 
 // Lane i of the result is the sum of the lanes of x[i].
 template <int kStep>
@@ -179,7 +189,9 @@ SPARSE_ATTN_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-SPARSE_ATTN_INLINE Vec abs(Vec x) { return bits_as<Vec>(bits_as<IntVec>(x) & 0x7fffffff); }
+SPARSE_ATTN_INLINE Vec abs(Vec x) {
+  return bits_as<Vec>(bits_as<IntVec>(x) & 0x7fffffff);
+}
 
 // Absolute error below 1e-7.
 SPARSE_ATTN_INLINE Vec tanh(Vec x) {

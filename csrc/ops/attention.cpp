@@ -14,23 +14,27 @@ std::tuple<Tensor, Tensor> attention_cpu(
     const std::optional<Tensor> seq_ranges, int64_t q_offset, bool causal, double softmax_scale,
     double softcap, const std::optional<Tensor> sinks) {
   std::vector<Sequence> sequences;
-  AttentionParams p = attention_params(
-      {q, k, v,
-       {heads, block_indptr, block_indices, block_bits_ids, block_bits, column_indptr,
-        column_indices, column_bias, block_m, block_n},
-       seq_ranges, q_offset, causal, softmax_scale, softcap},
-      sequences);
+  AttentionParams p =
+      attention_params({q,
+                        k,
+                        v,
+                        {heads, block_indptr, block_indices, block_bits_ids, block_bits,
+                         column_indptr, column_indices, column_bias, block_m, block_n},
+                        seq_ranges,
+                        q_offset,
+                        causal,
+                        softmax_scale,
+                        softcap},
+                       sequences);
   if (sinks.has_value()) {
-    STD_TORCH_CHECK(sinks->is_cpu() && sinks->scalar_type() == ScalarType::Float &&
-                        sinks->dim() == 1 && sinks->size(0) == p.num_heads &&
-                        sinks->is_contiguous(),
-                    "sparse_attn: sinks is not a contiguous float32 CPU tensor of ", p.num_heads,
-                    " numbers");
+    STD_TORCH_CHECK(
+        sinks->is_cpu() && sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 &&
+            sinks->size(0) == p.num_heads && sinks->is_contiguous(),
+        "sparse_attn: sinks is not a contiguous float32 CPU tensor of ", p.num_heads, " numbers");
     p.sinks = static_cast<const float*>(sinks->const_data_ptr());
   }
   Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
-  Tensor lse =
-      torch::stable::new_empty(q, {q.size(0), p.num_heads, p.seqlen_q}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.num_heads, p.seqlen_q}, ScalarType::Float);
   if (seq_ranges.has_value()) {  // rows of no sequence
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -INFINITY);
@@ -51,12 +55,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     double softcap) {
   std::vector<Sequence> sequences;
   BackwardParams b;
-  b.forward = attention_params(
-      {q, k, v,
-       {heads, block_indptr, block_indices, block_bits_ids, block_bits, column_indptr,
-        column_indices, column_bias, block_m, block_n},
-       seq_ranges, q_offset, causal, softmax_scale, softcap},
-      sequences);
+  b.forward = attention_params({q,
+                                k,
+                                v,
+                                {heads, block_indptr, block_indices, block_bits_ids, block_bits,
+                                 column_indptr, column_indices, column_bias, block_m, block_n},
+                                seq_ranges,
+                                q_offset,
+                                causal,
+                                softmax_scale,
+                                softcap},
+                               sequences);
   const AttentionParams& p = b.forward;
   for (const Tensor* x : {&delta, &lse})
     STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == ScalarType::Float && x->is_contiguous() &&

@@ -25,6 +25,8 @@ void check_index_cpu(const Tensor heads, const Tensor block_indptr, const Tensor
         raise_fault("check_index", check_tile(index, b, h, t, seqlen_k));
 }
 
-std::string cpu_capability() { return cpu::kernels().name; }
+std::string cpu_capability() {
+  return cpu::kernels().name;
+}
 
 }  // namespace sparse_attn::ops

@@ -167,8 +167,9 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
   STD_TORCH_CHECK(args.k.size(0) == args.q.size(0) && args.v.size(0) == args.q.size(0) &&
                       args.v.size(1) == p.num_heads_kv && args.v.size(2) == p.seqlen_k,
                   "sparse_attn: the shapes of q, k and v do not fit together");
-  STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads % p.num_heads_kv == 0, "sparse_attn: ",
-                  p.num_heads, " query heads do not divide into ", p.num_heads_kv, " KV heads");
+  STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads % p.num_heads_kv == 0,
+                  "sparse_attn: ", p.num_heads, " query heads do not divide into ", p.num_heads_kv,
+                  " KV heads");
   for (const int64_t dim : {head_dim, head_dim_v})
     STD_TORCH_CHECK(dim > 0 && dim % 8 == 0 && dim <= 256, "sparse_attn: head_dim=", dim,
                     " is not a multiple of 8 up to 256");

@@ -34,9 +34,9 @@ class MaskInfo:
         q_offset: position of query row 0 on the key axis.
         causal: key j is visible to the row at p only if j <= p.
         window: key j is visible to the row at p only if ``|p - j| < window``; None is unlimited.
-        seq_ranges: int32 [num_seqs, 5] of (q_start, q_len, k_start, k_len, q_offset) for padded or
-            packed batches and for offsets that are only known on the device; None where every row
-            of the batch sees the same keys.
+        seq_ranges: int32 [num_seqs, 5] on the CPU, of (q_start, q_len, k_start, k_len, q_offset),
+            for padded or packed batches and for offsets that only a trace knows; None where every
+            row of the batch sees the same keys.
     """
 
     batch_size: int
@@ -168,7 +168,7 @@ def _padded_ranges(
         last = (end - q_offset).clamp(0, seqlen_q)
     q_len = (last - first).clamp(min=0)
     columns = (first, q_len, start, (end - start).clamp(min=0), first + q_offset - start)
-    return torch.stack(columns, dim=-1).to(torch.int32)
+    return torch.stack(columns, dim=-1).to("cpu", torch.int32)
 
 
 def _packed_ranges(packed: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _packed_ranges(packed: Tensor) -> Tensor:
     lengths = torch.unique_consecutive(packed[0], return_counts=True)[1]
     starts = lengths.cumsum(0) - lengths
     zeros = torch.zeros_like(starts)
-    return torch.stack((starts, lengths, starts, lengths, zeros), dim=-1).to(torch.int32)
+    return torch.stack((starts, lengths, starts, lengths, zeros), dim=-1).to("cpu", torch.int32)
 
 
 def _visible(attention_mask: Tensor, kv_offset: int, keys: int) -> Tensor:

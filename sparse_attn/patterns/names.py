@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.block_sparse import BlockSparse
@@ -28,14 +28,16 @@ def pattern_names() -> tuple[str, ...]:
     return tuple(sorted(_NAMED))
 
 
-def resolve(pattern: Pattern | str | Sequence[Pattern | str], num_heads: int) -> Pattern:
-    """The Pattern that a name, a list per head, or a Pattern stands for.
+def resolve(
+    pattern: Pattern | str | Sequence[Pattern | str] | Mapping[int, Pattern | str], num_heads: int
+) -> Pattern:
+    """The Pattern that a name, a list or dict of heads, or a Pattern stands for.
 
     Args:
         pattern: a Pattern; or a name: "dense", "a_shape" (sink 128, window 3968), "tri_shape" (the
             same with the last 100 rows dense), "block_sparse" (100 blocks of 64 a tile),
             "vertical_slash" (1000 columns, 6096 diagonals); or a list with one of these per query
-            head.
+            head; or a dict from every query head to one of these.
         num_heads: query heads, which a list or a PerHead must fit.
 
     Returns:
@@ -54,10 +56,14 @@ def resolve(pattern: Pattern | str | Sequence[Pattern | str], num_heads: int) ->
         return pattern
     if isinstance(pattern, (Pattern, str)):
         return _resolve_one(pattern)
+    if isinstance(pattern, Mapping):
+        by_head = PerHead({head: _resolve_one(member) for head, member in pattern.items()})
+        by_head.check_num_heads(num_heads)
+        return by_head
     if not isinstance(pattern, Sequence):
         raise TypeError(
             f"sparse_attn.patterns.resolve: pattern is a {type(pattern).__name__}; pass a Pattern, "
-            f"a name ({_known()}), or a list of them per query head."
+            f"a name ({_known()}), a list of them per query head, or a dict from head to one."
         )
     if len(pattern) != num_heads:
         raise ValueError(

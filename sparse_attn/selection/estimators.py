@@ -134,12 +134,17 @@ def diagonal_sums(probs: Tensor, *, q_offset: int, num_distances: int) -> Tensor
         float32 [..., num_distances]; entry s belongs to distance s.
     """
     rows, seqlen_k = probs.shape[-2:]
+    if rows == 0:
+        return probs.new_zeros(*probs.shape[:-2], num_distances)
     # Padding each row to `width` and re-reading the flat buffer with rows of width + 1 shifts row
     # r left by r, which turns diagonals into columns. Diagonal j - r = c lands in column
     # c + rows - 1, and the padding is wide enough that no row wraps into its neighbour's values.
     width = seqlen_k + 2 * (rows - 1)
-    flat = F.pad(probs, (rows - 1, rows - 1)).flatten(-2)
-    sheared = F.pad(flat, (0, rows)).view(*probs.shape[:-2], rows, width + 1)
+    lead = probs.shape[:-2]
+    flat = probs.new_zeros(*lead, rows * (width + 1))
+    padded = flat[..., : rows * width].view(*lead, rows, width)
+    padded[..., rows - 1 : rows - 1 + seqlen_k] = probs
+    sheared = flat.view(*lead, rows, width + 1)
     by_shift = sheared[..., : seqlen_k + rows - 1].sum(-2)
     # Distance s is j - r = q_offset - s: read the columns backwards from the one of s = 0, and
     # pad where a distance has no key at all.
