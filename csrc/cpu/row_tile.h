@@ -334,11 +334,28 @@ SPARSE_ATTN_INLINE const char* const* float_rows(const Tile& t, const char* cons
   return pointers;
 }
 
+// Brings a chunk's values into the form that accumulate_panel reads.
+SPARSE_ATTN_INLINE const char* const* prepare_values(Tile& t, const KeyChunk& c,
+                                                     const char** pointers) {
+#if defined(__AVX512BF16__)
+  if (tile_uses_pairs(t)) {
+    const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
+    uint16_t* to = reinterpret_cast<uint16_t*>(t.v_wide);
+    for (int i = 0; i < c.count; i += 2, to += pitch)
+      pair_values(c.v[i], i + 1 < c.count ? c.v[i + 1] : nullptr, t.head_dim_v, to);
+    return c.v;
+  }
+#endif
+  return float_rows(t, c.v, c.count, t.head_dim_v, t.v_wide, pointers);
+}
+
 template <int kVecs>
 SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, const KeyChunk* next,
-                                     const char* const* keys, const char* const* values,
-                                     int first_row) {
+                                     const char* const* keys, const char* const*& values,
+                                     const char** value_pointers, int first_row) {
   score_panel<kVecs>(t, c, keys, first_row, first_row == 0);
+  // Only now: the values were prefetched while the scores were computed.
+  if (first_row == 0) values = prepare_values(t, c, value_pointers);
   const bool transform = t.softcap > 0.0f || c.has_bias || !(t.softmax_scale > 0.0f);
   if (transform || c.limits != nullptr || c.has_bits)
     adjust_panel<kVecs>(t, c, first_row, transform);
@@ -368,21 +385,11 @@ SPARSE_ATTN_INLINE void for_panels(int rows, Fn attend) {
 SPARSE_ATTN_KERNEL void row_attend(Tile& t, const KeyChunk& c, const KeyChunk* next) {
   const char* key_pointers[kChunkKeys + kKeyPadding];
   const char* value_pointers[kChunkKeys + kKeyPadding];
-  const char* const* keys = c.k;
-  const char* const* values = c.v;
-  if (tile_uses_pairs(t)) {
-#if defined(__AVX512BF16__)
-    const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
-    uint16_t* to = reinterpret_cast<uint16_t*>(t.v_wide);
-    for (int i = 0; i < c.count; i += 2, to += pitch)
-      pair_values(c.v[i], i + 1 < c.count ? c.v[i + 1] : nullptr, t.head_dim_v, to);
-#endif
-  } else {
-    keys = float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
-    values = float_rows(t, c.v, c.count, t.head_dim_v, t.v_wide, value_pointers);
-  }
+  const char* const* keys =
+      tile_uses_pairs(t) ? c.k : float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
+  const char* const* values = nullptr;
   for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
-    attend_panel<decltype(vecs)::value>(t, c, next, keys, values, first_row);
+    attend_panel<decltype(vecs)::value>(t, c, next, keys, values, value_pointers, first_row);
   });
 }
 
