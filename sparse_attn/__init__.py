@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse attention for long-context language models: every head its own sparsity, one call.
 
-    import sparse_attn
-    out = sparse_attn.attention(q, k, v, pattern)  # [batch, heads, seqlen, head_dim]
+>>> out = sparse_attn.attention(q, k, v, pattern)  # [batch, heads, seqlen, head_dim]
 """
 
 from sparse_attn.attention import (

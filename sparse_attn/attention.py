@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def attention(
     """
     _check_qkv("attention", q, k, v)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    index = _index("attention", pattern, q, k, causal, softmax_scale, offset)
+    index = _index(pattern, q, k, causal, softmax_scale, offset)
     if index.seqlen_q != q.shape[2] or index.seqlen_k != k.shape[2]:
         raise ValueError(
             f"sparse_attn.attention: the index was built for seqlen_q={index.seqlen_q}, "
@@ -126,7 +126,7 @@ def attention_ranges(
     function = "attention_ranges"
     _check_qkv(function, q, k, v)
     _check_ranges(function, seq_ranges, q, k)
-    index = _ranges_index(function, pattern, q, k, seq_ranges, causal, softmax_scale)
+    index = _ranges_index(pattern, q, k, seq_ranges, causal, softmax_scale)
     out, lse = _run(
         function, q, k, v, index, seq_ranges, 0, causal, softmax_scale, softcap, sinks, backend
     )
@@ -189,8 +189,11 @@ def attention_varlen(
         )
     offsets = lens_k - lens_q if q_offset is None else torch.full_like(lens_q, q_offset)
     ranges = torch.stack((starts_q, lens_q, starts_k, lens_k, offsets), dim=1).contiguous()
+    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out, lse = attention_ranges(
-        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+        q4,
+        k4,
+        v4,
         pattern,
         ranges,
         causal=causal,
@@ -373,8 +376,7 @@ def _run(
 
 
 def _index(
-    function: str,
-    pattern: PatternLike,
+    pattern: Any,
     q: Tensor,
     k: Tensor,
     causal: bool,
@@ -384,7 +386,7 @@ def _index(
     """The index that `pattern` is or builds."""
     if isinstance(pattern, SparseIndex):
         return pattern
-    if hasattr(pattern, "kv_num_blocks"):  # a torch BlockMask, without importing its module
+    if _is_block_mask(pattern):
         return SparseIndex.from_block_mask(pattern)
     with torch.no_grad():
         return resolve(pattern, q.shape[1]).build(
@@ -393,8 +395,7 @@ def _index(
 
 
 def _ranges_index(
-    function: str,
-    pattern: PatternLike,
+    pattern: Any,
     q: Tensor,
     k: Tensor,
     seq_ranges: Tensor,
@@ -402,8 +403,8 @@ def _ranges_index(
     softmax_scale: float | None,
 ) -> SparseIndex:
     """As `_index`, over the sequences of seq_ranges."""
-    if isinstance(pattern, SparseIndex) or hasattr(pattern, "kv_num_blocks"):
-        return _index(function, pattern, q, k, causal, softmax_scale, 0)
+    if isinstance(pattern, SparseIndex) or _is_block_mask(pattern):
+        return _index(pattern, q, k, causal, softmax_scale, 0)
     chosen = resolve(pattern, q.shape[1])
     if not chosen.data_dependent:
         index = chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=0)
@@ -413,12 +414,12 @@ def _ranges_index(
     for s, (q_start, q_len, k_start, k_len, q_offset) in enumerate(seq_ranges.tolist()):
         b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
         rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
-        parts.append(
-            _index(
-                function, chosen, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset
-            )
-        )
+        parts.append(_index(chosen, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset))
     return SparseIndex.stack(parts)
+
+
+def _is_block_mask(pattern: Any) -> bool:
+    return hasattr(pattern, "kv_num_blocks")  # without importing FlexAttention, which is slow
 
 
 def _check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:

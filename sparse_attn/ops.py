@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _load() -> None:
     library = Path(__file__).with_name("_C.abi3.so")
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, FileNotFoundError) as error:
         causes = (
             f"the compiled library {library.name} is missing: the source tree is imported instead "
@@ -123,23 +123,21 @@ def _empty_rows(like: Tensor, heads: int, seqlen: int, dim: int) -> Tensor:
     return like.new_empty(like.shape[0], heads, seqlen, dim)
 
 
-@torch.library.register_fake("sparse_attn::attention")
+@torch.library.register_fake("sparse_attn::attention")  # type: ignore[untyped-decorator]
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = _empty_rows(q, q.shape[1], q.shape[2], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.register_fake("sparse_attn::attention_backward")
+@torch.library.register_fake("sparse_attn::attention_backward")  # type: ignore[untyped-decorator]
 def _attention_backward_fake(
     grad_out: Tensor, delta: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (
-        _empty_rows(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v)
-    )
+    grad_q, grad_k, grad_v = (_empty_rows(x, x.shape[1], x.shape[2], x.shape[3]) for x in (q, k, v))
     return grad_q, grad_k, grad_v
 
 
-@torch.library.register_fake("sparse_attn::check_index")
+@torch.library.register_fake("sparse_attn::check_index")  # type: ignore[untyped-decorator]
 def _check_index_fake(*_: Any) -> None:
     return None
 
