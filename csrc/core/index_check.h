@@ -100,7 +100,7 @@ inline IndexFault check_tile(const IndexView& index, int64_t batch, int64_t head
   return fault;
 }
 
-// Checks the per-head numbers of every head.
+// Checks the per-head numbers, and that heads which are not listed carry no lists.
 inline IndexFault check_heads(const IndexView& index) {
   for (int64_t h = 0; h < index.num_heads; ++h) {
     const int32_t* row = index.heads + h * 4;
@@ -108,6 +108,13 @@ inline IndexFault check_heads(const IndexView& index) {
     if (row[0] < kDense || row[0] > kListed) fault = {"unknown head kind", row[0], kListed};
     for (int i = 1; i < 4 && !fault; ++i)
       if (row[i] < 0) fault = {"sink, window or dense_tail is negative", row[i], 0};
+    for (int64_t b = 0; b < index.batch && !fault && row[0] != kListed; ++b) {
+      if (index.num_tiles == 0) break;
+      const TileLists first = tile_lists(index, b, h, 0);
+      const TileLists last = tile_lists(index, b, h, index.num_tiles - 1);
+      if (last.block_end != first.block_begin || last.column_end != first.column_begin)
+        fault = {"a head that is not listed carries list entries", row[0], kListed, b};
+    }
     if (fault) {
       fault.head = h;
       return fault;

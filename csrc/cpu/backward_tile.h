@@ -77,12 +77,12 @@ SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
     t.alpha[r] = 1.0f;
     // An empty row has lse -inf; +inf makes all of its probabilities 0.
     const bool empty = r >= t.rows || !(b.lse[r] > kNegInf);
-    b.lse[r] = empty ? __builtin_inff() : b.lse[r] * kLog2E;
+    if (empty) b.lse[r] = __builtin_inff();
     if (r >= t.rows) b.delta[r] = 0.0f;
   }
 }
 
-// scores (base 2) -> P, grad_scores (dP) -> dS, both in place.
+// scores (logits) -> P, grad_scores (dP) -> dS, both in place.
 template <int kVecs>
 SPARSE_ATTN_INLINE void backward_scores(BackwardTile& b, const KeyChunk& c, int first_row) {
   Tile& t = b.fwd;
@@ -92,10 +92,10 @@ SPARSE_ATTN_INLINE void backward_scores(BackwardTile& b, const KeyChunk& c, int 
       float* s_at = t.scores + key * kTileRows + row;
       float* g_at = b.grad_scores + key * kTileRows + row;
       const Vec s = load(s_at);
-      const Vec p = exp2<6>(s - load(b.lse + row));
+      const Vec p = exp2<6>((s - load(b.lse + row)) * kLog2E);
       Vec g = p * (load(g_at) - load(b.delta + row)) * t.softmax_scale;
       if (t.softcap > 0.0f) {
-        const Vec y = (s * kLn2 - (c.has_bias ? c.bias[key] : 0.0f)) / t.softcap;
+        const Vec y = (s - (c.has_bias ? c.bias[key] : 0.0f)) / t.softcap;
         g *= 1.0f - y * y;
       }
       store(s_at, p);

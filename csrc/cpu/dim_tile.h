@@ -69,7 +69,7 @@ SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_di
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) acc[r][j] = load(acc_at + r * pitch + j * kLanes) * t.alpha[r];
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = Vec{};
   for (int key = 0; key < count; ++key) {
     if (key < prefetch) prefetch_row(next->k[key], key_bytes);
     const char* row = c.v[key];
@@ -87,7 +87,10 @@ SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_di
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) store(acc_at + r * pitch + j * kLanes, acc[r][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = acc_at + r * pitch + j * kLanes;
+      store(at, load(at) * t.alpha[r] + acc[r][j]);
+    }
 }
 
 // Scale, softcap, bias and visibility of one row's scores, then the online softmax over its keys.
@@ -101,7 +104,7 @@ inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
     Vec x = load(s + i);
     x = t.softcap > 0.0f ? t.softcap * tanh(x * inverse_cap) : x * t.softmax_scale;
     if (c.has_bias) x += load(c.bias + i);
-    store(s + i, x * kLog2E);
+    store(s + i, x);
   }
   for (int i = 0; i < padded; ++i) {
     const bool seen = i < c.count &&
@@ -112,19 +115,20 @@ inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
   }
   for (int i = 0; i < padded; i += kLanes) top = max(top, load(s + i));
   float m = t.row_max[r];
+  top *= kLog2E;
   for (int i = 0; i < kLanes; ++i) m = top[i] > m ? top[i] : m;
   const float shift = m > kNegInf ? m : 0.0f;
   Vec sum = {};
   for (int i = 0; i < padded; i += kLanes) {
-    const Vec p = exp2<6>(load(s + i) - shift);
+    const Vec p = exp2<6>(multiply_add(load(s + i), splat(kLog2E), splat(-shift)));
     sum += p;
     store(s + i, p);
   }
   t.alpha[r] = t.row_max[r] > kNegInf ? __builtin_exp2f(t.row_max[r] - shift) : 0.0f;
   t.row_max[r] = m;
-  float total = t.row_sum[r] * t.alpha[r];
+  float total = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += sum[i];
-  t.row_sum[r] = total;
+  t.row_sum[r] = t.row_sum[r] * t.alpha[r] + total;
 }
 
 template <DType kType, int kRows, bool kTail>

@@ -24,33 +24,47 @@ template <int kVecs>
 constexpr int kGroup =
     kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
 
+// Without fused multiply-add every product is rounded too; sums over few dims at a time keep the
+// error near that of a fused one.
+#if defined(__FMA__)
+constexpr int kScoreDims = kMaxHeadDim;
+#else
+constexpr int kScoreDims = 16;
+#endif
+
 template <int kKeys, int kVecs>
 SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, int head_dim,
                               float* __restrict s) {
-  Vec acc[kKeys][kVecs];
   const float* row[kKeys];
 #pragma GCC unroll 16
-  for (int i = 0; i < kKeys; ++i) {
-    row[i] = reinterpret_cast<const float*>(k[i]);
+  for (int i = 0; i < kKeys; ++i) row[i] = reinterpret_cast<const float*>(k[i]);
+  for (int first = 0; first < head_dim; first += kScoreDims) {
+    const int last = head_dim - first < kScoreDims ? head_dim : first + kScoreDims;
+    Vec acc[kKeys][kVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
-  }
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
 #pragma GCC unroll 2
-  for (int d = 0; d < head_dim; ++d) {
-    Vec x[kVecs];
+    for (int d = first; d < last; ++d) {
+      Vec x[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) x[j] = load(q + d * kTileRows + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) x[j] = load(q + d * kTileRows + j * kLanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
-      const Vec b = splat(row[i][d]);
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec b = splat(row[i][d]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
+        for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int i = 0; i < kKeys; ++i)
+    for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(s + i * kTileRows + j * kLanes, acc[i][j]);
+      for (int j = 0; j < kVecs; ++j) {
+        float* at = s + i * kTileRows + j * kLanes;
+        store(at, first == 0 ? acc[i][j] : load(at) + acc[i][j]);
+      }
+  }
 }
 
 template <int kDims, int kVecs>
@@ -58,11 +72,9 @@ SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const*
                                    int keys, const float* __restrict alpha, float* __restrict o) {
   Vec acc[kDims][kVecs];
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) {
-    const Vec a = load(alpha + j * kLanes);
+  for (int j = 0; j < kVecs; ++j)
 #pragma GCC unroll 16
-    for (int i = 0; i < kDims; ++i) acc[i][j] = a * load(o + i * kTileRows + j * kLanes);
-  }
+    for (int i = 0; i < kDims; ++i) acc[i][j] = Vec{};
 #pragma GCC unroll 2
   for (int key = 0; key < keys; ++key) {
     const float* row = reinterpret_cast<const float*>(v[key]) + first_dim;
@@ -76,10 +88,16 @@ SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const*
       for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kDims; ++i)
+  // Added to the running sum only now: a chunk's sum keeps digits that the running one has lost.
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(o + i * kTileRows + j * kLanes, acc[i][j]);
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec a = load(alpha + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) {
+      float* at = o + i * kTileRows + j * kLanes;
+      store(at, a * load(at) + acc[i][j]);
+    }
+  }
 }
 
 #if defined(__AVX512BF16__)
@@ -126,11 +144,9 @@ SPARSE_ATTN_KERNEL void accumulate_pairs(const uint16_t* __restrict p, const uin
                                          float* __restrict o) {
   Vec acc[kDims][kVecs];
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) {
-    const Vec a = load(alpha + j * kLanes);
+  for (int j = 0; j < kVecs; ++j)
 #pragma GCC unroll 16
-    for (int i = 0; i < kDims; ++i) acc[i][j] = a * load(o + i * kTileRows + j * kLanes);
-  }
+    for (int i = 0; i < kDims; ++i) acc[i][j] = Vec{};
 #pragma GCC unroll 2
   for (int key = 0; key < key_pairs; ++key) {
     __m512i x[kVecs];
@@ -144,10 +160,16 @@ SPARSE_ATTN_KERNEL void accumulate_pairs(const uint16_t* __restrict p, const uin
       for (int j = 0; j < kVecs; ++j) acc[i][j] = dot_pairs(acc[i][j], b, x[j]);
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kDims; ++i)
+  // Added to the running sum only now: a chunk's sum keeps digits that the running one has lost.
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(o + i * kTileRows + j * kLanes, acc[i][j]);
+  for (int j = 0; j < kVecs; ++j) {
+    const Vec a = load(alpha + j * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDims; ++i) {
+      float* at = o + i * kTileRows + j * kLanes;
+      store(at, a * load(at) + acc[i][j]);
+    }
+  }
 }
 
 // Interleaves the values of two keys: to[dim][2]. A missing second key counts as zeros.
@@ -204,8 +226,8 @@ SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* cons
       n, [&](int i) { run(i, Int<kGroup<kVecs>>{}); }, [&](int i) { run(i, Int<4>{}); });
 }
 
-// Applies what a plain product lacks: softcap, bias, limits and bits. Afterwards the scores are in
-// base-2 units if `transform`, else as they were.
+// Applies what a plain product lacks: softcap, bias, limits and bits. Afterwards the scores are
+// logits if `transform`, else still to be scaled.
 template <int kVecs>
 SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, bool transform) {
   IntVec lane;
@@ -219,7 +241,6 @@ SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, 
       if (transform) {
         s = t.softcap > 0.0f ? t.softcap * tanh(s * inverse_cap) : s * t.softmax_scale;
         if (c.has_bias) s += c.bias[key];
-        s *= kLog2E;
       }
       if (c.limits != nullptr) {
         const IntVec lo = load_as<IntVec>(c.limits->lo + row);
@@ -241,6 +262,7 @@ template <int kVecs, bool kPairs>
 SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float scale) {
   constexpr int kDegree = kPairs ? 4 : 6;  // P is rounded to bf16 next
   Vec top[kVecs], shift[kVecs], sum[kVecs];
+  const Vec factor = splat(scale);
   float* s = t.scores + first_row;
 #pragma GCC unroll 4
   for (int j = 0; j < kVecs; ++j) top[j] = splat(kNegInf);
@@ -256,7 +278,7 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
     const Vec alpha = exp2<6>(old - shift[j]);
     store(m, now);
     store(t.alpha + first_row + j * kLanes, alpha);
-    sum[j] = alpha * load(t.row_sum + first_row + j * kLanes);
+    sum[j] = Vec{};  // of this chunk alone: keys added to a large running sum would lose digits
   }
   if constexpr (kPairs) {
 #if defined(__AVX512BF16__)
@@ -267,9 +289,10 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         const float* at = s + key * kTileRows + j * kLanes;
-        const Vec a = exp2<kDegree>(load(at) * scale - shift[j]);
-        const Vec b =
-            key + 1 < keys ? exp2<kDegree>(load(at + kTileRows) * scale - shift[j]) : Vec{};
+        const Vec a = exp2<kDegree>(multiply_add(load(at), factor, -shift[j]));
+        const Vec b = key + 1 < keys
+                          ? exp2<kDegree>(multiply_add(load(at + kTileRows), factor, -shift[j]))
+                          : Vec{};
         sum[j] += a + b;
         const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
         _mm512_store_si512(t.p_pairs + key * kTileRows + (first_row + j * kLanes) * 2,
@@ -282,14 +305,17 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* at = s + key * kTileRows + j * kLanes;
-        const Vec p = exp2<kDegree>(load(at) * scale - shift[j]);
+        const Vec p = exp2<kDegree>(multiply_add(load(at), factor, -shift[j]));
         sum[j] += p;
         store(at, p);
       }
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kVecs; ++j) store(t.row_sum + first_row + j * kLanes, sum[j]);
+  for (int j = 0; j < kVecs; ++j) {
+    const int row = first_row + j * kLanes;
+    store(t.row_sum + row, load(t.alpha + row) * load(t.row_sum + row) + sum[j]);
+  }
 }
 
 // O += V P for the rows of one panel; meanwhile the next chunk's keys are prefetched.
@@ -359,7 +385,7 @@ SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, const KeyChunk*
   const bool transform = t.softcap > 0.0f || c.has_bias || !(t.softmax_scale > 0.0f);
   if (transform || c.limits != nullptr || c.has_bits)
     adjust_panel<kVecs>(t, c, first_row, transform);
-  const float scale = transform ? 1.0f : t.softmax_scale * kLog2E;
+  const float scale = (transform ? 1.0f : t.softmax_scale) * kLog2E;
   if (tile_uses_pairs(t)) {
     softmax_panel<kVecs, kHasBf16Dot>(t, c.count, first_row, scale);
   } else {
@@ -429,6 +455,16 @@ SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
   }
 }
 
+// ln(2^top * sum), rounded once: the backward pass takes the exponential of it. -inf for sum 0.
+inline float log_sum(float top, float sum) {
+  if (!(sum > 0.0f)) return sum == 0.0f ? kNegInf : sum;
+  if (sum == __builtin_inff()) return sum;
+  const int32_t exponent = (bits_as<int32_t>(sum) >> 23) - 127;  // sums below 2^-126 do not occur
+  const float mantissa = bits_as<float>(bits_as<int32_t>(sum) - (exponent << 23));
+  const double log2_sum = double{top} + exponent + double{__builtin_log2f(mantissa)};
+  return static_cast<float>(log2_sum * 0.69314718055994530942);
+}
+
 // Folds the sink into a row's statistics and writes its lse; returns what acc is multiplied by.
 inline float finish_row(Tile& t, int r) {
   float m = t.row_max[r], sum = t.row_sum[r], rescale = 1.0f;
@@ -439,8 +475,7 @@ inline float finish_row(Tile& t, int r) {
     sum = sum * rescale + (sink > kNegInf ? __builtin_exp2f(sink - top) : 0.0f);
     m = top;
   }
-  *t.lse_rows[r] = sum > 0.0f ? (m + __builtin_log2f(sum)) * kLn2 : kNegInf;
-  if (sum != sum) *t.lse_rows[r] = sum;
+  *t.lse_rows[r] = log_sum(m, sum);
   return sum == 0.0f ? 0.0f : rescale / sum;
 }
 

@@ -41,7 +41,6 @@ typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 constexpr float kLog2E = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kNegInf = -__builtin_inff();
 
 template <int kValue>
@@ -82,6 +81,18 @@ SPARSE_ATTN_INLINE Vec max(Vec a, Vec b) {
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// a * b + c, rounded once: logits of 1e4 would lose the digits that matter to the product's
+// rounding.
+SPARSE_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__FMA__)
+  return a * b + c;
+#else
+  typedef double Wide __attribute__((vector_size(kLanes * 8)));
+  const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
+  return __builtin_convertvector(product + __builtin_convertvector(c, Wide), Vec);
 #endif
 }
 
@@ -174,7 +185,7 @@ SPARSE_ATTN_INLINE Vec exp2(Vec x) {
   const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return (Vec)_mm512_scalef_ps((__m512)exp2_fraction<kDegree>((Vec)r), (__m512)x);
 #else
-  const Vec t = max(x, splat(-126.0f));
+  const Vec t = max(splat(-126.0f), x);  // in this order a NaN stays one
 #if defined(__AVX2__)
   const Vec floor = (Vec)_mm256_floor_ps((__m256)t);
   const IntVec n = (IntVec)_mm256_cvtps_epi32((__m256)floor);
