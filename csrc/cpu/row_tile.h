@@ -29,7 +29,7 @@ constexpr int kGroup =
 #if defined(__FMA__)
 constexpr int kScoreDims = kMaxHeadDim;
 #else
-constexpr int kScoreDims = 16;
+constexpr int kScoreDims = 8;
 #endif
 
 template <int kKeys, int kVecs>
