@@ -305,6 +305,17 @@ def test_registries_are_restored() -> None:
     assert [list(r) for r in registries] == [list(b) for b in before]
 
 
+@pytest.mark.parametrize("model_kind", [0, 3], ids=["Llama", "Gemma2"])
+def test_compiles_without_graph_breaks(dense: Any, model_kind: int) -> None:
+    model = model_for(*MODELS[model_kind][:2])
+    ids = tokens(1, 40)
+    expected = logits(model, dense.name, ids, sparse_pattern=AShape(4, 7))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same(compiled(ids, sparse_pattern=AShape(4, 7)).logits, expected)
+
+
 def test_gradients_flow(dense: Any) -> None:
     model = tiny("Llama").train()
     ids = tokens(1, 24)

@@ -74,6 +74,10 @@ struct Kernels {
   void (*dim_begin)(Tile&);
   void (*dim_attend)(Tile&, const KeyChunk&, const KeyChunk* next);
   void (*dim_finish)(Tile&);
+  // Probabilities of a window of rows: statistics in a first pass, sums in a second.
+  void (*window_attend)(Tile&, const KeyChunk&);
+  void (*window_sum)(Tile&, const KeyChunk&, int64_t first_position, float* columns,
+                     float* diagonals, int64_t distances);
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&);
   void (*backward_finish)(BackwardTile&);

@@ -4,6 +4,7 @@
 #include "backward_tile.h"
 #include "dim_tile.h"
 #include "row_tile.h"
+#include "window_tile.h"
 
 namespace sparse_attn::cpu {
 namespace SPARSE_ATTN_ISA {
@@ -25,6 +26,7 @@ const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
     SPARSE_ATTN_ISA::row_attend,         SPARSE_ATTN_ISA::row_finish,
     SPARSE_ATTN_ISA::kDimRows,           SPARSE_ATTN_ISA::dim_begin,
     SPARSE_ATTN_ISA::dim_attend,         SPARSE_ATTN_ISA::dim_finish,
+    SPARSE_ATTN_ISA::window_attend,      SPARSE_ATTN_ISA::window_sum,
     SPARSE_ATTN_ISA::backward_begin,     SPARSE_ATTN_ISA::backward_attend,
     SPARSE_ATTN_ISA::backward_finish,    SPARSE_ATTN_ISA::narrow,
 };

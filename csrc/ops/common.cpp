@@ -41,6 +41,11 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
+void check_head_dim(int64_t dim) {
+  STD_TORCH_CHECK(dim > 0 && dim % 8 == 0 && dim <= 256, "sparse_attn: head_dim=", dim,
+                  " is not a multiple of 8 up to 256");
+}
+
 // Rows of different sequences must not share output rows: threads would race on them.
 void check_disjoint(const std::vector<Sequence>& sequences) {
   std::vector<std::pair<int64_t, int64_t>> spans;
@@ -148,37 +153,41 @@ TensorView tensor_view(const Tensor& x) {
           x.stride(2)};
 }
 
-AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences) {
-  check_rows(args.q, "q");
-  check_rows(args.k, "k");
-  check_rows(args.v, "v");
+AttentionParams query_key_params(const Tensor& q, const Tensor& k) {
+  check_rows(q, "q");
+  check_rows(k, "k");
   AttentionParams p;
-  p.dtype = dtype_of(args.q);
-  STD_TORCH_CHECK(
-      args.k.scalar_type() == args.q.scalar_type() && args.v.scalar_type() == args.q.scalar_type(),
-      "sparse_attn: q, k and v have different dtypes");
-  p.num_heads = args.q.size(1);
-  p.num_heads_kv = args.k.size(1);
-  p.seqlen_q = args.q.size(2);
-  p.seqlen_k = args.k.size(2);
-  const int64_t head_dim = args.q.size(3), head_dim_v = args.v.size(3);
-  STD_TORCH_CHECK(args.k.size(3) == head_dim, "sparse_attn: k has head_dim ", args.k.size(3),
-                  ", q has ", head_dim);
-  STD_TORCH_CHECK(args.k.size(0) == args.q.size(0) && args.v.size(0) == args.q.size(0) &&
-                      args.v.size(1) == p.num_heads_kv && args.v.size(2) == p.seqlen_k,
-                  "sparse_attn: the shapes of q, k and v do not fit together");
+  p.dtype = dtype_of(q);
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), "sparse_attn: q and k have different dtypes");
+  p.num_heads = q.size(1);
+  p.num_heads_kv = k.size(1);
+  p.seqlen_q = q.size(2);
+  p.seqlen_k = k.size(2);
+  const int64_t head_dim = q.size(3);
+  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(3) == head_dim,
+                  "sparse_attn: q and k differ in batch or head_dim");
   STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads % p.num_heads_kv == 0,
                   "sparse_attn: ", p.num_heads, " query heads do not divide into ", p.num_heads_kv,
                   " KV heads");
-  for (const int64_t dim : {head_dim, head_dim_v})
-    STD_TORCH_CHECK(dim > 0 && dim % 8 == 0 && dim <= 256, "sparse_attn: head_dim=", dim,
-                    " is not a multiple of 8 up to 256");
+  check_head_dim(head_dim);
   STD_TORCH_CHECK(p.seqlen_q < (int64_t{1} << 31) && p.seqlen_k < (int64_t{1} << 31) - 128,
                   "sparse_attn: sequences of 2^31 tokens and more are not supported");
   p.head_dim = static_cast<int32_t>(head_dim);
-  p.head_dim_v = static_cast<int32_t>(head_dim_v);
-  p.q = tensor_view(args.q);
-  p.k = tensor_view(args.k);
+  p.q = tensor_view(q);
+  p.k = tensor_view(k);
+  return p;
+}
+
+AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences) {
+  AttentionParams p = query_key_params(args.q, args.k);
+  check_rows(args.v, "v");
+  STD_TORCH_CHECK(args.v.scalar_type() == args.q.scalar_type(),
+                  "sparse_attn: q and v have different dtypes");
+  STD_TORCH_CHECK(args.v.size(0) == args.k.size(0) && args.v.size(1) == args.k.size(1) &&
+                      args.v.size(2) == args.k.size(2),
+                  "sparse_attn: k and v differ in batch, heads or length");
+  check_head_dim(args.v.size(3));
+  p.head_dim_v = static_cast<int32_t>(args.v.size(3));
   p.v = tensor_view(args.v);
   p.causal = args.causal;
   p.softmax_scale = static_cast<float>(args.softmax_scale);

@@ -51,6 +51,8 @@ struct AttentionArgs {
   double softcap;
 };
 
+// The part of the params that q and k alone decide, checked.
+AttentionParams query_key_params(const Tensor& q, const Tensor& k);
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
 
 TensorView tensor_view(const Tensor& x);

@@ -11,8 +11,7 @@ Source: ``transformers.masking_utils`` (checked with 5.23).
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +78,6 @@ class _Rule:
         self.window = window if self.window is None else min(self.window, window)
 
 
-def _masking_utils() -> Any:
-    return importlib.import_module("transformers.masking_utils")
-
-
 def _captured(function: Callable[..., Any]) -> dict[str, Any]:
     cells = function.__closure__ or ()
     return {n: c.cell_contents for n, c in zip(function.__code__.co_freevars, cells, strict=True)}
@@ -90,7 +85,8 @@ def _captured(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _read(function: Callable[..., Any], rule: _Rule) -> None:
     """Add to `rule` what `function` demands; raise NotImplementedError where that is not known."""
-    utils = _masking_utils()
+    from transformers import masking_utils as utils  # optional, and traceable by torch.compile
+
     if function is utils.causal_mask_function:
         rule.causal = True
         return
@@ -118,6 +114,22 @@ def _read(function: Callable[..., Any], rule: _Rule) -> None:
             f"{_PREFIX}: the model composes its mask from {name}, which is none of causal, sliding "
             "window, bidirectional, padding or packing; use attn_implementation='sdpa' for it."
         )
+
+
+def _rule_of(function: Callable[..., Any] | None, hints: Mapping[str, Any]) -> _Rule:
+    """What the mask function says; `hints` are the other arguments of transformers' call."""
+    window = hints.get("local_size")
+    chunked = getattr(hints.get("config"), "attention_chunk_size", None) is not None
+    if function is None:
+        return _Rule(causal=True)
+    # A trace cannot look into closures. It need not: a mask that may be skipped as "causal" is
+    # causal with, at most, the window that comes along; any other composition forbids skipping.
+    simple = hints.get("allow_is_causal_skip", False) and window is not None and not chunked
+    if torch.compiler.is_compiling() and simple:
+        return _Rule(causal=True, window=window, lower_only=True)
+    rule = _Rule()
+    _read(function, rule)
+    return rule
 
 
 def _check_rule(rule: _Rule, total_k: int) -> None:
@@ -203,7 +215,7 @@ def build_mask(
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | MaskInfo | None = None,
-    **_unused: Any,
+    **hints: Any,
 ) -> MaskInfo | None:
     """Mask function for transformers' AttentionMaskInterface.
 
@@ -215,6 +227,7 @@ def build_mask(
         kv_offset: absolute position of key 0 (sliding caches drop old keys).
         mask_function: transformers' composed mask function; None means causal.
         attention_mask: bool [batch, seen tokens] padding mask, or a `MaskInfo` made earlier.
+        hints: what else transformers passes; only a trace needs some of it.
 
     Returns:
         None where the layer needs no word beyond "causal, bottom-right"; a `MaskInfo` otherwise.
@@ -225,9 +238,7 @@ def build_mask(
     """
     if isinstance(attention_mask, MaskInfo):
         return attention_mask
-    rule = _Rule(causal=mask_function is None)
-    if mask_function is not None:
-        _read(mask_function, rule)
+    rule = _rule_of(mask_function, hints)
     _check_rule(rule, kv_offset + kv_length)
 
     traced_offset = isinstance(q_offset, Tensor) and torch.compiler.is_compiling()

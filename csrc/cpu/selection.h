@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// Selection on the CPU: scores and choices that index builders are composed of.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace sparse_attn::cpu {
+
+// Column and diagonal sums of the probabilities of the last `rows` query rows. params: q, k and
+// the numbers of one dense call (v and out unused); columns [batch, num_heads, seqlen_k] and
+// diagonals [batch, num_heads, distances] are written.
+void window_scores(const AttentionParams& params, int64_t rows, int64_t q_offset, float* columns,
+                   float* diagonals, int64_t distances, const Executor& executor);
+
+// Indices of the k best of every row of scores [rows, n], ascending: indices [rows, k], k <= n.
+// Score descending, then index ascending; a NaN counts as the lowest score.
+void top_k(const float* scores, int64_t rows, int64_t n, int64_t k, int32_t* indices,
+           const Executor& executor);
+
+}  // namespace sparse_attn::cpu
