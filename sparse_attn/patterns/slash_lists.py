@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.selection import bands
 from sparse_attn.selection.estimators import MAX_BAND_ELEMENTS
 
@@ -103,6 +104,43 @@ def slash_lists(
         arXiv:2407.02490), whose serial conversion loses verticals past the last slash and reads
         out of bounds where all slashes lie past a row block.
     """
+    if slashes.device.type == "cpu":
+        return SlashLists(
+            *ops.vertical_slash_lists(
+                verticals.int().contiguous(),
+                slashes.contiguous(),
+                seqlen_q=seqlen_q,
+                seqlen_k=seqlen_k,
+                q_offset=q_offset,
+                causal=causal,
+                block_m=block_m,
+                block_n=block_n,
+            )
+        )
+    return slash_lists_torch(
+        verticals,
+        slashes,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        q_offset=q_offset,
+        causal=causal,
+        block_m=block_m,
+        block_n=block_n,
+    )
+
+
+def slash_lists_torch(
+    verticals: Tensor,
+    slashes: Tensor,
+    *,
+    seqlen_q: int,
+    seqlen_k: int,
+    q_offset: int,
+    causal: bool,
+    block_m: int,
+    block_n: int,
+) -> SlashLists:
+    """`slash_lists` in plain torch, for devices without a native operator."""
     heads, tiles = verticals.shape[0], -(-seqlen_q // block_m)
     device = slashes.device
     first = torch.arange(tiles, device=device, dtype=torch.int32) * block_m + q_offset

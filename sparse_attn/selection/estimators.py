@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_attn import ops
+
 MAX_BAND_ELEMENTS = 1 << 26
 """Most elements of one temporary; larger work is cut into bands of this size."""
 
@@ -46,6 +48,18 @@ def bands(
     for entry in range(outer):
         for start in range(0, inner, step):
             yield slice(entry, entry + 1), slice(start, min(start + step, inner))
+
+
+def native_inputs(q: Tensor, k: Tensor) -> bool:
+    """Whether the native CPU estimators take these tensors; others run in plain torch."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and 0 < q.shape[-1] <= 256
+        and q.stride(-1) == 1
+        and k.stride(-1) == 1
+    )
 
 
 def mean_pool(x: Tensor, block: int) -> Tensor:
@@ -187,6 +201,16 @@ def window_scores(
     batch, heads, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     rows = min(last_q, seqlen_q)
+    if native_inputs(q, k):
+        return ops.window_scores(
+            q,
+            k,
+            last_q=rows,
+            num_distances=num_distances,
+            q_offset=q_offset,
+            causal=causal,
+            softmax_scale=softmax_scale,
+        )
     group = heads // heads_kv
     # The KV head is the unit of work, so that K is read once a group: [batch * heads_kv, group].
     window = q[:, :, seqlen_q - rows :].reshape(batch * heads_kv, group, rows, head_dim)

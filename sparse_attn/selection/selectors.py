@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn import ops
+
 
 def top_k_mask(scores: Tensor, k: int | Tensor, *, k_max: int | None = None) -> Tensor:
     """Marks the k best entries of every row.
@@ -63,6 +65,9 @@ def top_k_indices(scores: Tensor, k: int) -> Tensor:
     """
     n = scores.shape[-1]
     k = max(0, min(k, n))
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+        rows = scores.reshape(-1, n).contiguous()
+        return ops.top_k(rows, k).view(*scores.shape[:-1], k)
     mask = top_k_mask(scores, k)
     # A scatter to each mark's rank lists the marks in order without a read-back of their number;
     # unmarked entries share one slot that is cut off.
