@@ -47,6 +47,7 @@ LADDER: tuple[Pattern, ...] = (
     AShape(sink=16, window=128),
     AShape(sink=64, window=256),
     AShape(sink=64, window=512),
+    VerticalSlash(vertical=500, slash=500),
     VerticalSlash(vertical=1000, slash=1500),
 )
 RECALL = 0.95

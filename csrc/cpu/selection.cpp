@@ -51,9 +51,9 @@ void window_head(const AttentionParams& p, const Kernels& kernels, const Sequenc
   std::memcpy(diagonals, padded.data() + kTileRows, sizeof(float) * distances);
 }
 
-// Orders as a float does, NaN lowest, in unsigned integers; greater is better.
+// Orders as a float does, in unsigned integers; greater is better. A NaN counts as -inf.
 uint32_t rank_of(float score) {
-  if (std::isnan(score)) return 0;
+  if (std::isnan(score)) score = -INFINITY;
   if (score == 0.0f) score = 0.0f;  // -0 equals 0
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof(bits));

@@ -15,7 +15,7 @@ void window_scores(const AttentionParams& params, int64_t rows, int64_t q_offset
                    float* diagonals, int64_t distances, const Executor& executor);
 
 // Indices of the k best of every row of scores [rows, n], ascending: indices [rows, k], k <= n.
-// Score descending, then index ascending; a NaN counts as the lowest score.
+// Score descending, then index ascending; a NaN counts as -inf.
 void top_k(const float* scores, int64_t rows, int64_t n, int64_t k, int32_t* indices,
            const Executor& executor);
 

@@ -8,6 +8,8 @@ at that value are settled by counting.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from sparse_attn import ops
 def top_k_mask(scores: Tensor, k: int | Tensor, *, k_max: int | None = None) -> Tensor:
     """Marks the k best entries of every row.
 
-    The order is score descending, then index ascending; a NaN counts as the lowest score, so that
+    The order is score descending, then index ascending; a NaN counts as -inf, so that
     a row always has exactly min(k, n) marks.
 
     Args:
@@ -66,7 +68,7 @@ def top_k_indices(scores: Tensor, k: int) -> Tensor:
     n = scores.shape[-1]
     k = max(0, min(k, n))
     if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        rows = scores.reshape(-1, n).contiguous()
+        rows = scores.reshape(math.prod(scores.shape[:-1]), n).contiguous()
         return ops.top_k(rows, k).view(*scores.shape[:-1], k)
     mask = top_k_mask(scores, k)
     # A scatter to each mark's rank lists the marks in order without a read-back of their number;
