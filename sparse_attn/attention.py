@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     )
 
 
+# Indexes of patterns that do not read q and k; emptied when full (a decode loop meets a new length
+# at every step).
+_static_indexes: dict[tuple[object, ...], SparseIndex] = {}
+_MAX_STATIC_INDEXES = 256
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -388,10 +394,28 @@ def _index(
         return pattern
     if _is_block_mask(pattern):
         return SparseIndex.from_block_mask(pattern)
-    with torch.no_grad():
-        return resolve(pattern, q.shape[1]).build(
-            q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
-        )
+    chosen = resolve(pattern, q.shape[1])
+    if chosen.data_dependent or _is_tracing():
+        with torch.no_grad():
+            return chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset)
+    # Such an index depends on shapes alone. Making its few small tensors anew would be a third of
+    # a short call; nobody outside this module sees them, so nobody can change them.
+    key = (chosen, q.shape[1:3], k.shape[1:3], causal, q_offset, q.device)
+    index = _static_indexes.get(key)
+    if index is None:
+        with torch.inference_mode(False), torch.no_grad():
+            index = chosen.build(
+                q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
+            )
+        if len(_static_indexes) >= _MAX_STATIC_INDEXES:
+            _static_indexes.clear()
+        _static_indexes[key] = index
+    return index
+
+
+def _is_tracing() -> bool:
+    """Whether tensors may be stand-ins, which must not be kept."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _ranges_index(

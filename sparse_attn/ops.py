@@ -38,10 +38,7 @@ def _load() -> None:
 
 _load()
 _ops = torch.ops.sparse_attn
-
-# Positions in the schema of sparse_attn::attention.
-_NUM_INDEX_ARGS = 10
-_FIRST_INDEX_ARG = 3
+_attention_op = _ops.attention.default
 
 
 def attention(
@@ -80,9 +77,7 @@ def attention(
         RuntimeError: the index breaks a rule (see SparseIndex), or shapes do not fit.
         NotImplementedError: q, k, v or sinks carry a forward-mode tangent.
     """
-    if not torch.compiler.is_compiling():
-        _refuse_tangents(q, k, v, sinks)
-    out, lse = _ops.attention(
+    arguments = (
         q,
         k,
         v,
@@ -94,6 +89,17 @@ def attention(
         softcap,
         sinks,
     )
+    if torch.compiler.is_compiling():
+        out, lse = _ops.attention(*arguments)
+        return out, lse
+    if forward_ad._current_level >= 0:  # the cheap question first
+        _refuse_tangents(q, k, v, sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        out, lse = _attention_op(*arguments)
+    else:
+        # The gradient registered below runs in Python, half the cost of a short call.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _attention_op(*arguments)
     return out, lse
 
 
