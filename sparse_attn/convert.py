@@ -438,8 +438,8 @@ def from_block_sparse_attention(
     """The index of the arguments of Block-Sparse-Attention's `block_sparse_attn_func`.
 
     Args:
-        head_mask_type: integers [heads]; 0 is a dense head, -1 a streaming head, and the k-th
-            positive head takes base_blockmask[:, k - 1].
+        head_mask_type: integers [heads]; 0 is a dense head, -1 a streaming head, the k-th head
+            that has a 1 takes base_blockmask[:, k - 1], and n > 1 base_blockmask[:, n - 1].
         streaming_info: integers [2 * heads], (sink, local) of each head, counted in blocks, or in
             tokens with `exact_streaming`; None if no head streams.
         base_blockmask: bool [batch, sparse heads, ceil(seqlen_q / block), ceil(seqlen_k / block)];
@@ -458,6 +458,7 @@ def from_block_sparse_attention(
     Source: github.com/mit-han-lab/Block-Sparse-Attention, block_sparse_tests.
     """
     name = "sparse_attn.SparseIndex.from_block_sparse_attention"
+    check_tile_sizes(block, block)
     kind, device = head_mask_type.long(), head_mask_type.device
     if kind.dim() != 1 or (kind < -1).any():
         raise ValueError(
@@ -466,9 +467,9 @@ def from_block_sparse_attention(
         )
     streams = bool((kind < 0).any())
     if streams and (streaming_info is None or streaming_info.shape != (2 * kind.shape[0],)):
-        given = None if streaming_info is None else tuple(streaming_info.shape)
+        shown = None if streaming_info is None else tuple(streaming_info.shape)
         raise ValueError(
-            f"{name}: streaming_info is {given}; [{2 * kind.shape[0]}] is needed, a (sink, local) "
+            f"{name}: streaming_info is {shown}; [{2 * kind.shape[0]}] is needed, a (sink, local) "
             "pair for each head."
         )
     if exact_streaming and streams and not causal:
@@ -478,17 +479,17 @@ def from_block_sparse_attention(
     sink, local = streaming_info.to(device).long().view(-1, 2).unbind(1)
 
     shape = (_ceil_div(seqlen_q, block), _ceil_div(seqlen_k, block))
-    number = (kind > 0).cumsum(0)  # k of the k-th positive head
+    number = torch.where(kind == 1, (kind == 1).cumsum(0), kind.clamp(min=0))
     if base_blockmask is None:
         base_blockmask = torch.zeros(1, 0, *shape, dtype=torch.bool, device=device)
-    if base_blockmask.dim() != 4 or (kind > 0).sum() > base_blockmask.shape[1]:
+    given = tuple(base_blockmask.shape)
+    if len(given) != 4 or given[2:] != shape or (number > given[1]).any():
         raise ValueError(
-            f"{name}: base_blockmask has shape {tuple(base_blockmask.shape)} for "
-            f"{int((kind > 0).sum())} block-sparse heads; [batch, sparse heads, {shape[0]}, "
-            f"{shape[1]}] is needed."
+            f"{name}: base_blockmask has shape {given} for {int((kind > 0).sum())} block-sparse "
+            f"heads; [batch, sparse heads, {shape[0]}, {shape[1]}] is needed."
         )
     # A head without a mask of its own takes an empty one, number 0.
-    masks = F.pad(base_blockmask, (0, 0, 0, 0, 1, 0))[:, torch.where(kind > 0, number, 0)]
+    masks = F.pad(base_blockmask, (0, 0, 0, 0, 1, 0))[:, number]
     listed = kind > 0
     if not exact_streaming:
         rule = _block_streaming(sink, local, shape, seqlen_q, seqlen_k, block, causal)
@@ -591,8 +592,7 @@ def from_vertical_slash_lists(
     new_run = torch.ones_like(first, dtype=torch.bool)
     new_run[1:] = first[1:] > first[:-1] + block_n
     run_low = first[new_run]
-    last_of_run = F.pad(new_run[1:], (0, 1), value=True)
-    run_high = first[last_of_run] + block_n
+    run_high = first[new_run.roll(-1)] + block_n  # the last of a run precedes the next one's first
     run_end = run_low - run_low % axis + seqlen_k
     # Only at the end of the keys may a block be cut off; elsewhere the rest becomes columns.
     clipped = run_high >= run_end

@@ -195,15 +195,15 @@ class SparseIndex:
                 )
         assert indptr is not None
         empty = torch.empty(0, dtype=torch.int32, device=indptr.device)
-        if heads is None and indptr.dim() == 3:
-            heads = torch.zeros(indptr.shape[1], 4, dtype=torch.int32, device=indptr.device)
+        if heads is None:
+            heads = empty.new_zeros(indptr.shape[1:-1].numel(), 4)
             heads[:, 0] = int(HeadKind.LISTED)
         index = cls(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
             block_m=block_m,
             block_n=block_n,
-            heads=empty if heads is None else heads,
+            heads=heads,
             block_indptr=torch.zeros_like(indptr) if block_indptr is None else block_indptr,
             block_indices=empty if block_indices is None else block_indices,
             column_indptr=torch.zeros_like(indptr) if column_indptr is None else column_indptr,
@@ -347,7 +347,7 @@ class SparseIndex:
 
     @property
     def is_list_free(self) -> bool:
-        """Whether there is no capacity for list entries: every head is dense or streaming."""
+        """Whether there is no capacity for list entries: a listed head, if any, sees no key."""
         return self.block_indices.shape[0] == 0 and self.column_indices.shape[0] == 0
 
     def __repr__(self) -> str:
@@ -559,7 +559,8 @@ class SparseIndex:
         block_n = self.block_n if block_n is None else block_n
         check_tile_sizes(block_m, block_n)
         if self.is_list_free:
-            return _list_free(self.heads, self.seqlen_q, self.seqlen_k, block_m, block_n)
+            lengths = (self.seqlen_q, self.seqlen_k)
+            return _list_free(self.heads, *lengths, block_m, block_n, self.batch_size)
         for name, old, new in (("m", self.block_m, block_m), ("n", self.block_n, block_n)):
             if old % new != 0:
                 raise ValueError(
@@ -575,12 +576,12 @@ class SparseIndex:
 
 
 def _list_free(
-    heads: Tensor, seqlen_q: int, seqlen_k: int, block_m: int, block_n: int
+    heads: Tensor, seqlen_q: int, seqlen_k: int, block_m: int, block_n: int, batch_size: int = 1
 ) -> SparseIndex:
     """An index without lists; shape arithmetic and tensor factories only, so that it traces."""
     check_tile_sizes(block_m, block_n)
     tiles = (seqlen_q + block_m - 1) // block_m
-    indptr = torch.zeros(1, heads.shape[0], tiles + 1, dtype=torch.int64, device=heads.device)
+    indptr = heads.new_zeros(batch_size, heads.shape[0], tiles + 1, dtype=torch.int64)
     indices = torch.empty(0, dtype=torch.int32, device=heads.device)
     return SparseIndex(
         seqlen_q=seqlen_q,

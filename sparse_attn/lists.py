@@ -434,7 +434,7 @@ def check_shapes(index: SparseIndex) -> None:
             "sparse_attn.SparseIndex: block_bits and block_bits_ids go together; pass both or none."
         )
     indptr_shape = (index.batch_size, index.num_heads, index.num_tiles + 1)
-    blocks, columns = index.block_indices.shape[:1], index.column_indices.shape[:1]
+    blocks, columns = (index.block_indices.numel(),), (index.column_indices.numel(),)
     words = (index.block_m + 63) // 64
     expected: dict[str, tuple[torch.dtype, str, tuple[int, ...]]] = {
         "heads": (torch.int32, "[heads, 4]", (index.num_heads, 4)),

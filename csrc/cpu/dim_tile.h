@@ -16,6 +16,14 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A vector of lane sums holds kLanes (row, key) products, so no more rows than lanes.
 constexpr int kDimRows = kLanes < kMaxDimRows ? kLanes : kMaxDimRows;
 
+// Vectors of dims that accumulate_dims takes in one pass: 16 accumulators at most.
+template <int kRows>
+constexpr int kWideVecs = kRows <= 2 ? 8 : 16 / kRows;
+
+// How far ahead of the loads memory is asked for, whatever comes next: keys, then values, then the
+// next chunk's keys. 8 KiB is twice what arrives during one access to DRAM.
+constexpr int kPrefetchBytes = 8192;
+
 SPARSE_ATTN_INLINE int padded_dim(int dim) {
   return (dim + kLanes - 1) / kLanes * kLanes;
 }
@@ -27,24 +35,24 @@ SPARSE_ATTN_INLINE Vec load_typed(const char* row, int d, int n) {
   return load_wide(row + d * (kType == DType::kFloat32 ? 4 : 2), kType);
 }
 
-// scores[row][key] for kRows rows and kLanes / kRows keys.
+// scores[row][key] for kRows rows and kLanes / kRows keys, key by key: memory is read in order.
 template <DType kType, int kRows, bool kTail>
 SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* out) {
   constexpr int kKeys = kLanes / kRows;
   const int pitch = padded_dim(t.head_dim);
   Vec acc[kLanes];
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) acc[i] = Vec{};
-  for (int d = 0; d < t.head_dim; d += kLanes) {
-    Vec q[kRows];
+  for (int i = 0; i < kKeys; ++i) {
+    Vec sum[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) q[r] = load(t.q + r * pitch + d);
-#pragma GCC unroll 16
-    for (int i = 0; i < kKeys; ++i) {
+    for (int r = 0; r < kRows; ++r) sum[r] = Vec{};
+    for (int d = 0; d < t.head_dim; d += kLanes) {
       const Vec x = load_typed<kType, kTail>(k[i], d, t.head_dim);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = q[r] * x + acc[r * kKeys + i];
+      for (int r = 0; r < kRows; ++r) sum[r] = load(t.q + r * pitch + d) * x + sum[r];
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = sum[r];
   }
   const Vec sums = sum_lanes<kLanes / 2>(acc);
   float packed[kLanes];
@@ -54,15 +62,26 @@ SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* o
     memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
 }
 
+// The bytes [begin, begin + size) of rows that lie one behind the other in the order of reading.
+SPARSE_ATTN_INLINE void prefetch_bytes(const char* const* rows, int count, int row_bytes, int begin,
+                                       int size) {
+  for (int at = begin; at < begin + size && at < count * row_bytes; at += 64)
+    __builtin_prefetch(rows[at / row_bytes] + at % row_bytes, 0, 3);
+}
+
 // acc for kRows rows and kVecs vectors of dims, over all keys of the chunk.
 template <DType kType, int kRows, int kVecs, bool kTail>
 SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim,
                                         const KeyChunk* next) {
   const int pitch = padded_dim(t.head_dim_v);
-  const int key_bytes = t.head_dim * (kType == DType::kFloat32 ? 4 : 2);
+  constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
+  constexpr int kSlice = kVecs * kLanes * kWidth;  // bytes of a row that one pass reads
+  constexpr int kAhead =
+      kPrefetchBytes / kSlice < kChunkKeys ? kPrefetchBytes / kSlice : kChunkKeys;
   const int dims = t.head_dim_v;
   const int count = c.count;
-  const int prefetch = next != nullptr ? next->count : 0;
+  const int slice = first_dim * kWidth;
+  const bool last_pass = slice + kSlice >= dims * kWidth;
   float* acc_at = t.acc + first_dim;
   const float* p = t.scores;
   Vec acc[kRows][kVecs];
@@ -71,7 +90,14 @@ SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_di
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) acc[r][j] = Vec{};
   for (int key = 0; key < count; ++key) {
-    if (key < prefetch) prefetch_row(next->k[key], key_bytes);
+    const int ahead = key + kAhead;
+    if (ahead < count) {
+      prefetch_row<1>(c.v[ahead] + slice, kSlice);
+    } else if (!last_pass) {
+      prefetch_row<1>(c.v[ahead - count < count ? ahead - count : 0] + slice + kSlice, kSlice);
+    } else if (next != nullptr) {
+      prefetch_bytes(next->k, next->count, t.head_dim * kWidth, (ahead - count) * kSlice, kSlice);
+    }
     const char* row = c.v[key];
     Vec x[kVecs];
 #pragma GCC unroll 8
@@ -93,30 +119,35 @@ SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_di
     }
 }
 
+// Hides what limits and bits hide of one row's scores.
+inline void mask_row(Tile& t, const KeyChunk& c, int r) {
+  float* s = t.scores + r * kChunkKeys;
+  for (int i = 0; i < c.count; ++i) {
+    const bool within = c.limits == nullptr ||
+                        (c.position[i] >= c.limits->lo[r] && c.position[i] < c.limits->hi[r]);
+    const bool listed = !c.has_bits || ((c.bits[i] >> r) & 1) != 0;
+    if (!within || !listed) s[i] = kNegInf;
+  }
+}
+
 // Scale, softcap, bias and visibility of one row's scores, then the online softmax over its keys.
-inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
+SPARSE_ATTN_INLINE void softmax_row(Tile& t, const KeyChunk& c, int r) {
   float* s = t.scores + r * kChunkKeys;
   const int padded = (c.count + kLanes - 1) / kLanes * kLanes;
   const float inverse_cap = t.softcap > 0.0f ? t.softmax_scale / t.softcap : 0.0f;
-  Vec top = splat(kNegInf);
-  for (int i = c.count; i < padded; ++i) s[i] = 0.0f;
-  for (int i = 0; i < padded; i += kLanes) {
+  for (int i = 0; i < c.count; i += kLanes) {
     Vec x = load(s + i);
     x = t.softcap > 0.0f ? t.softcap * tanh(x * inverse_cap) : x * t.softmax_scale;
     if (c.has_bias) x += load(c.bias + i);
     store(s + i, x);
   }
-  for (int i = 0; i < padded; ++i) {
-    const bool seen = i < c.count &&
-                      (c.limits == nullptr ||
-                       (c.position[i] >= c.limits->lo[r] && c.position[i] < c.limits->hi[r])) &&
-                      (!c.has_bits || ((c.bits[i] >> r) & 1) != 0);
-    if (!seen) s[i] = kNegInf;
-  }
+  for (int i = c.count; i < padded; ++i) s[i] = kNegInf;
+  if (c.limits != nullptr || c.has_bits) mask_row(t, c, r);
+  Vec top = splat(kNegInf);
   for (int i = 0; i < padded; i += kLanes) top = max(top, load(s + i));
-  float m = t.row_max[r];
-  top *= kLog2E;
-  for (int i = 0; i < kLanes; ++i) m = top[i] > m ? top[i] : m;
+  const float chunk_top = max_lane(top) * kLog2E;
+  const float old = t.row_max[r];
+  const float m = chunk_top > old ? chunk_top : old;
   const float shift = m > kNegInf ? m : 0.0f;
   Vec sum = {};
   for (int i = 0; i < padded; i += kLanes) {
@@ -124,23 +155,28 @@ inline void softmax_row(Tile& t, const KeyChunk& c, int r) {
     sum += p;
     store(s + i, p);
   }
-  t.alpha[r] = t.row_max[r] > kNegInf ? __builtin_exp2f(t.row_max[r] - shift) : 0.0f;
+  // Most chunks leave the maximum as it is.
+  t.alpha[r] = m == old ? 1.0f : (old > kNegInf ? __builtin_exp2f(old - shift) : 0.0f);
   t.row_max[r] = m;
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  t.row_sum[r] = t.row_sum[r] * t.alpha[r] + total;
+  t.row_sum[r] = t.row_sum[r] * t.alpha[r] + add_lanes(sum);
 }
 
 template <DType kType, int kRows, bool kTail>
 SPARSE_ATTN_INLINE void score_chunk(Tile& t, const KeyChunk& c) {
   constexpr int kKeys = kLanes / kRows;
-  const int value_bytes = t.head_dim_v * (kType == DType::kFloat32 ? 4 : 2);
+  constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
+  constexpr int kSlice = kWideVecs<kRows> * kLanes * kWidth;  // of the first pass over the values
+  const int key_bytes = t.head_dim * kWidth;
+  const int all_bytes = c.count * key_bytes;
   const char* keys[kLanes];
   for (int i = 0; i < c.count; i += kKeys) {
-    for (int j = 0; j < kKeys; ++j) {
-      const int at = i + j < c.count ? i + j : c.count - 1;
-      keys[j] = c.k[at];
-      prefetch_row(c.v[at], value_bytes);
+    for (int j = 0; j < kKeys; ++j) keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
+    const int ahead = i * key_bytes + kPrefetchBytes;
+    if (ahead < all_bytes) {
+      prefetch_bytes(c.k, c.count, key_bytes, ahead, kKeys * key_bytes);
+    } else {  // past the keys come the slices of the values
+      for (int at = ahead - all_bytes; at < ahead - all_bytes + kKeys * key_bytes; at += kSlice)
+        if (at / kSlice < c.count) prefetch_row<1>(c.v[at / kSlice], kSlice);
     }
     score_dims<kType, kRows, kTail>(t, keys, t.scores + i);
   }
@@ -155,14 +191,14 @@ SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChu
   }
   for (int r = 0; r < t.rows; ++r) softmax_row(t, c, r);
   for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
-  // Register blocks: as wide as 16 accumulators allow, then single vectors, the last with a tail.
-  constexpr int kWide = kRows <= 2 ? 8 : 16 / kRows;
+  // Register blocks: as wide as fits, then single vectors, the last with a tail.
+  constexpr int kWide = kWideVecs<kRows>;
   int d = 0;
   for (; d + kWide * kLanes <= t.head_dim_v; d += kWide * kLanes)
-    accumulate_dims<kType, kRows, kWide, false>(t, c, d, d == 0 ? next : nullptr);
+    accumulate_dims<kType, kRows, kWide, false>(t, c, d, next);
   for (; d + kLanes <= t.head_dim_v; d += kLanes)
-    accumulate_dims<kType, kRows, 1, false>(t, c, d, d == 0 ? next : nullptr);
-  if (d < t.head_dim_v) accumulate_dims<kType, kRows, 1, true>(t, c, d, d == 0 ? next : nullptr);
+    accumulate_dims<kType, kRows, 1, false>(t, c, d, next);
+  if (d < t.head_dim_v) accumulate_dims<kType, kRows, 1, true>(t, c, d, next);
 }
 
 template <DType kType>

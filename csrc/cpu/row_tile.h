@@ -213,7 +213,7 @@ SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* cons
   const auto run = [&](int i, auto group) __attribute__((always_inline)) {
     constexpr int kKeys = decltype(group)::value;
     if (prefetch)
-      for (int j = i; j < i + kKeys && j < c.count; ++j) prefetch_row(c.v[j], value_bytes);
+      for (int j = i; j < i + kKeys && j < c.count; ++j) prefetch_row<2>(c.v[j], value_bytes);
 #if defined(__AVX512BF16__)
     if (tile_uses_pairs(t)) {
       score_pairs<kKeys, kVecs>(q, keys + i, t.head_dim, s + i * kTileRows);
@@ -331,7 +331,7 @@ SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char*
   const auto run = [&](int d, auto group) __attribute__((always_inline)) {
     constexpr int kDims = decltype(group)::value;
     for (int i = 0; i < prefetch_rows && prefetched < next->count; ++i)
-      prefetch_row(next->k[prefetched++], key_bytes);
+      prefetch_row<2>(next->k[prefetched++], key_bytes);
 #if defined(__AVX512BF16__)
     if (tile_uses_pairs(t)) {
       const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);

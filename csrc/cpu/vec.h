@@ -156,6 +156,25 @@ SPARSE_ATTN_INLINE Vec sum_lanes(Vec* x) {
   }
 }
 
+SPARSE_ATTN_INLINE float max_lane(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float m = x[0];
+  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+#endif
+}
+SPARSE_ATTN_INLINE float add_lanes(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float sum = x[0];
+  for (int i = 1; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
 // 2^x for x <= 0 (any x below 128), 0 at -inf. Relative error of kDegree 6: 6.5e-8, 4: 3e-6.
 // Minimax polynomials of 2^r - 1 on [0, 1) with P(0) = 0, so that 2^0 is exactly 1.
 template <int kDegree>
@@ -220,8 +239,26 @@ SPARSE_ATTN_INLINE Vec tanh(Vec x) {
   return a < 0.625f ? small : large;
 }
 
+// The conversions between integer widths that GCC 12 takes apart into halves.
+SPARSE_ATTN_INLINE UintVec widen_integers(HalfVec x) {
+#if defined(__AVX512F__)
+  return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (UintVec)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, UintVec);
+#endif
+}
+SPARSE_ATTN_INLINE HalfVec narrow_integers(UintVec x) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, HalfVec);
+#endif
+}
+
 SPARSE_ATTN_INLINE Vec widen_bf16(HalfVec x) {
-  return bits_as<Vec>(__builtin_convertvector(x, UintVec) << 16);
+  return bits_as<Vec>(widen_integers(x) << 16);
 }
 SPARSE_ATTN_INLINE Vec widen_fp16(HalfVec x) {
 #if defined(__AVX512F__)
@@ -245,7 +282,7 @@ SPARSE_ATTN_INLINE HalfVec narrow_bf16(Vec x) {
   UintVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UintVec nan = bits_as<UintVec>(x != x);
   rounded = (nan & ((u >> 16) | 0x40u)) | (~nan & rounded);
-  return __builtin_convertvector(rounded, HalfVec);
+  return narrow_integers(rounded);
 }
 SPARSE_ATTN_INLINE HalfVec narrow_fp16(Vec x) {
 #if defined(__AVX512F__)
@@ -321,8 +358,10 @@ SPARSE_ATTN_INLINE void narrow_row(const float* from, char* to, int64_t n, DType
   }
 }
 
+// Asks for a row's cache lines: kLevel 1 for L1, 2 for L2.
+template <int kLevel>
 SPARSE_ATTN_INLINE void prefetch_row(const char* p, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 4 - kLevel);
 }
 
 }  // namespace sparse_attn::cpu::SPARSE_ATTN_ISA
