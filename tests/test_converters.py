@@ -144,7 +144,7 @@ def test_from_dense_mask_rejects():
 
 
 def spread(grid: torch.Tensor, block_m: int, block_n: int, seqlen_q: int, seqlen_k: int):
-    """The mask of a grid [batch, heads, M, N]: element (i, j) is cell (i // block_m, j // block_n)."""
+    """The mask of a grid [batch, heads, M, N] of cells of block_m rows and block_n keys."""
     tiles = [i // block_m for i in range(seqlen_q)]
     columns = [j // block_n for j in range(seqlen_k)]
     return grid[:, :, tiles][..., columns]
@@ -244,7 +244,7 @@ def test_from_bsr_rejects(indptr, indices, text):
 
 
 def bsa_rule(kinds, streaming, grid, *, seqlen_q, seqlen_k, block, causal, exact):
-    """bool [batch, heads, seqlen_q, seqlen_k] as its call sees it, the call's causality included."""
+    """bool [batch, heads, seqlen_q, seqlen_k] of the call, its causality included."""
     batch, offset = grid.shape[0], seqlen_k - seqlen_q
     width = ceil_div(seqlen_k, block)
     mask = torch.zeros(batch, len(kinds), seqlen_q, seqlen_k, dtype=torch.bool)
