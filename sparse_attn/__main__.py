@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``python -m sparse_attn demo``."""
+"""Command line: ``python -m sparse_attn demo`` and ``... bench``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sparse_attn import demo
+from sparse_attn import bench, demo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo.add_command(commands)
+    bench.add_command(commands)
     arguments = parser.parse_args(argv)
     arguments.command_line = ["python", "-m", "sparse_attn", *(argv or sys.argv[1:])]
     status: int = arguments.run(arguments)

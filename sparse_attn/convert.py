@@ -529,9 +529,7 @@ def _block_streaming(
     end = row - first_row + _ceil_div(max(seqlen_k - seqlen_q, 0), block) + 1
     if not causal:
         end = torch.full_like(row, shape[1])
-    # Both slice ends are clamped to the grid by the original.
-    low = (end - local).clamp(0, shape[1])
-    return (row >= first_row) & ((column < sink) | ((column >= low) & (column < end)))
+    return (row >= first_row) & ((column < sink) | ((column >= end - local) & (column < end)))
 
 
 # -------------------------------------------------------------------- vertical-slash lists

@@ -543,6 +543,8 @@ def test_from_block_mask(name, seqlen_q, seqlen_k, block):
     assert index.block_m == min(block_m, ceil_div(seqlen_q, 16) * 16)
     expected = rule_of(name, batch or 1, heads or 1, seqlen_q, seqlen_k)
     assert torch.equal(seen_keys(index), expected)
+    if name in ("nothing", "everything"):  # an edge does not make a block partial
+        assert index.block_bits is None
     # And back: the same keys, in the same kind of object.
     again = index.to_block_mask()
     assert torch.equal(seen_keys(SparseIndex.from_block_mask(again)), expected)
@@ -672,6 +674,13 @@ def test_to_block_mask(
     assert_block_mask(block_mask, expected, loose=causal)
     again = SparseIndex.from_block_mask(block_mask)
     assert torch.equal(seen_keys(again), expected)
+
+
+@pytest.mark.parametrize("q_offset", [-33, *range(-18, 19)])
+def test_to_block_mask_at_every_offset_of_the_diagonal(q_offset):
+    index = SparseIndex.dense(33, 40, block_m=16, block_n=8)
+    expected = torch.ones(1, 1, 33, 40).tril(q_offset).bool()
+    assert_block_mask(index.to_block_mask(causal=True, q_offset=q_offset), expected, loose=True)
 
 
 def test_to_block_mask_rejects_a_bias():

@@ -157,6 +157,8 @@ def test_static_cache_reads_no_unwritten_keys(dense: Any) -> None:
     seen: list[int] = []
 
     class Spy(AShape):
+        data_dependent = True  # built at every call, as a pattern that reads the keys is
+
         def build(self, q: torch.Tensor, k: torch.Tensor, **options: Any) -> Any:
             seen.append(k.shape[2])
             return super().build(q, k, **options)

@@ -21,8 +21,8 @@ template <int kRows>
 constexpr int kWideVecs = kRows <= 2 ? 8 : 16 / kRows;
 
 // How far ahead of the loads memory is asked for, whatever comes next: keys, then values, then the
-// next chunk's keys. 8 KiB is twice what arrives during one access to DRAM.
-constexpr int kPrefetchBytes = 8192;
+// next chunk's keys. 4 KiB is what arrives during one access to DRAM.
+constexpr int kPrefetchBytes = 4096;
 
 SPARSE_ATTN_INLINE int padded_dim(int dim) {
   return (dim + kLanes - 1) / kLanes * kLanes;
@@ -33,6 +33,17 @@ template <DType kType, bool kTail>
 SPARSE_ATTN_INLINE Vec load_typed(const char* row, int d, int n) {
   if constexpr (kTail) return load_row(row, d, n, kType);
   return load_wide(row + d * (kType == DType::kFloat32 ? 4 : 2), kType);
+}
+
+// Sums the lanes of the kLanes products and puts them where their row and key belong.
+template <int kRows>
+SPARSE_ATTN_INLINE void scatter_scores(Vec* acc, float* out) {
+  constexpr int kKeys = kLanes / kRows;
+  float packed[kLanes];
+  store(packed, sum_lanes<kLanes / 2>(acc));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+    memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
 }
 
 // scores[row][key] for kRows rows and kLanes / kRows keys, key by key: memory is read in order.
@@ -54,50 +65,90 @@ SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* o
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = sum[r];
   }
-  const Vec sums = sum_lanes<kLanes / 2>(acc);
-  float packed[kLanes];
-  store(packed, sums);
+  scatter_scores<kRows>(acc, out);
+}
+
+// Asks for rows line by line, from where the last call stopped.
+struct RowPrefetch {
+  const char* const* rows;
+  int count;
+  int row_bytes;
+  int row = 0;
+  int offset = 0;
+
+  SPARSE_ATTN_INLINE_MEMBER void advance(int bytes) {
+    for (; bytes > 0 && row < count; bytes -= 64) {
+      __builtin_prefetch(rows[row] + offset, 0, 3);
+      offset += 64;
+      if (offset >= row_bytes) {
+        offset = 0;
+        ++row;
+      }
+    }
+  }
+};
+
+// What accumulate_dims asks for while it reads a slice of every value row: its own slice of the
+// rows ahead, then the next slice, then the next chunk's keys.
+template <int kSlice>
+struct ValuePrefetch {
+  static constexpr int kAhead =
+      kPrefetchBytes / kSlice < kChunkKeys ? kPrefetchBytes / kSlice : kChunkKeys;
+  const KeyChunk& chunk;
+  int slice;
+  bool last_pass;
+  RowPrefetch next_keys;
+
+  SPARSE_ATTN_INLINE_MEMBER void step(int key) {
+    const int ahead = key + kAhead;
+    if (ahead < chunk.count) {
+      prefetch_row<1>(chunk.v[ahead] + slice, kSlice);
+    } else if (last_pass) {
+      next_keys.advance(kSlice);
+    } else if (ahead - chunk.count < chunk.count) {
+      prefetch_row<1>(chunk.v[ahead - chunk.count] + slice + kSlice, kSlice);
+    }
+  }
+};
+
+template <int kSlice>
+SPARSE_ATTN_INLINE ValuePrefetch<kSlice> value_prefetch(const Tile& t, const KeyChunk& c,
+                                                        int first_dim, const KeyChunk* next) {
+  const int width = static_cast<int>(element_size(t.dtype));
+  const int slice = first_dim * width;
+  RowPrefetch keys{nullptr, 0, t.head_dim * width};
+  if (next != nullptr) keys = {next->k, next->count, t.head_dim * width};
+  return {c, slice, slice + kSlice >= t.head_dim_v * width, keys};
+}
+
+// acc = alpha acc + sum of this chunk, for kRows rows and kVecs vectors of dims.
+template <int kRows, int kVecs>
+SPARSE_ATTN_INLINE void add_to_acc(Tile& t, int first_dim, const Vec (&sum)[kRows][kVecs]) {
+  const int pitch = padded_dim(t.head_dim_v);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-    memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = t.acc + r * pitch + first_dim + j * kLanes;
+      store(at, load(at) * t.alpha[r] + sum[r][j]);
+    }
 }
 
-// The bytes [begin, begin + size) of rows that lie one behind the other in the order of reading.
-SPARSE_ATTN_INLINE void prefetch_bytes(const char* const* rows, int count, int row_bytes, int begin,
-                                       int size) {
-  for (int at = begin; at < begin + size && at < count * row_bytes; at += 64)
-    __builtin_prefetch(rows[at / row_bytes] + at % row_bytes, 0, 3);
-}
-
-// acc for kRows rows and kVecs vectors of dims, over all keys of the chunk.
 template <DType kType, int kRows, int kVecs, bool kTail>
 SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim,
                                         const KeyChunk* next) {
-  const int pitch = padded_dim(t.head_dim_v);
   constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
-  constexpr int kSlice = kVecs * kLanes * kWidth;  // bytes of a row that one pass reads
-  constexpr int kAhead =
-      kPrefetchBytes / kSlice < kChunkKeys ? kPrefetchBytes / kSlice : kChunkKeys;
+  auto prefetch = value_prefetch<kVecs * kLanes * kWidth>(t, c, first_dim, next);
   const int dims = t.head_dim_v;
   const int count = c.count;
-  const int slice = first_dim * kWidth;
-  const bool last_pass = slice + kSlice >= dims * kWidth;
-  float* acc_at = t.acc + first_dim;
   const float* p = t.scores;
-  Vec acc[kRows][kVecs];
+  Vec sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) acc[r][j] = Vec{};
+    for (int j = 0; j < kVecs; ++j) sum[r][j] = Vec{};
   for (int key = 0; key < count; ++key) {
-    const int ahead = key + kAhead;
-    if (ahead < count) {
-      prefetch_row<1>(c.v[ahead] + slice, kSlice);
-    } else if (!last_pass) {
-      prefetch_row<1>(c.v[ahead - count < count ? ahead - count : 0] + slice + kSlice, kSlice);
-    } else if (next != nullptr) {
-      prefetch_bytes(next->k, next->count, t.head_dim * kWidth, (ahead - count) * kSlice, kSlice);
-    }
+    prefetch.step(key);
     const char* row = c.v[key];
     Vec x[kVecs];
 #pragma GCC unroll 8
@@ -107,17 +158,73 @@ SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_di
     for (int r = 0; r < kRows; ++r) {
       const Vec b = splat(p[r * kChunkKeys + key]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = b * x[j] + acc[r][j];
+      for (int j = 0; j < kVecs; ++j) sum[r][j] = b * x[j] + sum[r][j];
     }
   }
+  add_to_acc<kRows, kVecs>(t, first_dim, sum);
+}
+
+#if defined(__AVX512BF16__)
+// The same two products on bf16 pairs, for tiles of so many rows that widening and float32
+// arithmetic would be slower than memory: q in pairs along dims, P and V in pairs of keys.
+constexpr int kPairDims = 2 * kLanes;
+constexpr int kPairQueries = kMaxDimRows * kMaxHeadDim;  // numbers of q before those of P
+
+template <int kRows>
+SPARSE_ATTN_INLINE void score_dims_pairs(const Tile& t, const char* const* k, float* out) {
+  constexpr int kKeys = kLanes / kRows;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; ++i) {
+    Vec sum[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) sum[r] = Vec{};
+    for (int d = 0; d < t.head_dim; d += kPairDims) {
+      const __m512i x = _mm512_loadu_si512(k[i] + d * 2);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        sum[r] = dot_pairs(sum[r], _mm512_loadu_si512(t.p_pairs + r * t.head_dim + d), x);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = sum[r];
+  }
+  scatter_scores<kRows>(acc, out);
+}
+
+template <int kRows, int kVecs>
+SPARSE_ATTN_KERNEL void accumulate_dims_pairs(Tile& t, const KeyChunk& c, int first_dim,
+                                              const KeyChunk* next) {
+  auto prefetch = value_prefetch<kVecs * kLanes * 2>(t, c, first_dim, next);
+  const int count = c.count;
+  uint16_t* p = t.p_pairs + kPairQueries;
+  for (int r = 0; r < kRows && first_dim == 0; ++r)
+    for (int key = 0; key < kChunkKeys; key += kLanes) {
+      const HalfVec half = narrow_bf16(load(t.scores + r * kChunkKeys + key));
+      memcpy(p + r * kChunkKeys + key, &half, sizeof(half));
+    }
+  Vec sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      float* at = acc_at + r * pitch + j * kLanes;
-      store(at, load(at) * t.alpha[r] + acc[r][j]);
+    for (int j = 0; j < kVecs; ++j) sum[r][j] = Vec{};
+  for (int key = 0; key < count; key += 2) {
+    prefetch.step(key);
+    prefetch.step(key + 1);
+    const char* a = c.v[key] + first_dim * 2;
+    const char* b = key + 1 < count ? c.v[key + 1] + first_dim * 2 : nullptr;
+    alignas(64) uint16_t pairs[2 * kVecs * kLanes];
+    pair_values(a, b, kVecs * kLanes, pairs);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i weight = splat_pair(p + r * kChunkKeys + key);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j)
+        sum[r][j] = dot_pairs(sum[r][j], weight, _mm512_loadu_si512(pairs + j * 2 * kLanes));
     }
+  }
+  add_to_acc<kRows, kVecs>(t, first_dim, sum);
 }
+#endif
 
 // Hides what limits and bits hide of one row's scores.
 inline void mask_row(Tile& t, const KeyChunk& c, int r) {
@@ -131,7 +238,7 @@ inline void mask_row(Tile& t, const KeyChunk& c, int r) {
 }
 
 // Scale, softcap, bias and visibility of one row's scores, then the online softmax over its keys.
-SPARSE_ATTN_INLINE void softmax_row(Tile& t, const KeyChunk& c, int r) {
+SPARSE_ATTN_KERNEL void softmax_row(Tile& t, const KeyChunk& c, int r) {
   float* s = t.scores + r * kChunkKeys;
   const int padded = (c.count + kLanes - 1) / kLanes * kLanes;
   const float inverse_cap = t.softcap > 0.0f ? t.softmax_scale / t.softcap : 0.0f;
@@ -161,39 +268,69 @@ SPARSE_ATTN_INLINE void softmax_row(Tile& t, const KeyChunk& c, int r) {
   t.row_sum[r] = t.row_sum[r] * t.alpha[r] + add_lanes(sum);
 }
 
-template <DType kType, int kRows, bool kTail>
-SPARSE_ATTN_INLINE void score_chunk(Tile& t, const KeyChunk& c) {
+template <DType kType, int kRows, class Score>
+SPARSE_ATTN_INLINE void score_chunk(Tile& t, const KeyChunk& c, Score score_keys) {
   constexpr int kKeys = kLanes / kRows;
   constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
   constexpr int kSlice = kWideVecs<kRows> * kLanes * kWidth;  // of the first pass over the values
   const int key_bytes = t.head_dim * kWidth;
-  const int all_bytes = c.count * key_bytes;
+  const int ahead = (kPrefetchBytes + key_bytes - 1) / key_bytes;  // keys
   const char* keys[kLanes];
   for (int i = 0; i < c.count; i += kKeys) {
-    for (int j = 0; j < kKeys; ++j) keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
-    const int ahead = i * key_bytes + kPrefetchBytes;
-    if (ahead < all_bytes) {
-      prefetch_bytes(c.k, c.count, key_bytes, ahead, kKeys * key_bytes);
-    } else {  // past the keys come the slices of the values
-      for (int at = ahead - all_bytes; at < ahead - all_bytes + kKeys * key_bytes; at += kSlice)
-        if (at / kSlice < c.count) prefetch_row<1>(c.v[at / kSlice], kSlice);
+    for (int j = 0; j < kKeys; ++j) {
+      const int key = i + j;
+      keys[j] = c.k[key < c.count ? key : c.count - 1];
+      if (key + ahead < c.count) {
+        prefetch_row<1>(c.k[key + ahead], key_bytes);
+        continue;
+      }
+      // Past the keys come the values' slices for the first pass.
+      const int begin = (key + ahead - c.count) * key_bytes;
+      for (int at = begin / kSlice; at < (begin + key_bytes) / kSlice && at < c.count; ++at)
+        prefetch_row<1>(c.v[at], kSlice);
     }
-    score_dims<kType, kRows, kTail>(t, keys, t.scores + i);
+    score_keys(keys, t.scores + i);
   }
+}
+
+// Whether a tile's dot products run on pairs: only where arithmetic would hold memory up.
+template <DType kType, int kRows>
+SPARSE_ATTN_INLINE bool dims_in_pairs(int dim) {
+  constexpr int kWide = kWideVecs<kRows> * kLanes;
+  return kHasBf16Dot && kType == DType::kBFloat16 && kRows >= 4 && dim % (2 * kLanes) == 0 &&
+         dim % kWide == 0;
 }
 
 template <DType kType, int kRows>
 SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
-  if (t.head_dim % kLanes == 0) {
-    score_chunk<kType, kRows, false>(t, c);
+  const auto score = [&](auto form) __attribute__((always_inline)) {
+    score_chunk<kType, kRows>(
+        t, c, [&](const char* const* keys, float* out) __attribute__((always_inline)) {
+#if defined(__AVX512BF16__)
+          if constexpr (decltype(form)::value == 2) return score_dims_pairs<kRows>(t, keys, out);
+#endif
+          score_dims<kType, kRows, decltype(form)::value == 1>(t, keys, out);
+        });
+  };
+  if (dims_in_pairs<kType, kRows>(t.head_dim)) {
+    score(Int<2>{});
+  } else if (t.head_dim % kLanes == 0) {
+    score(Int<0>{});
   } else {
-    score_chunk<kType, kRows, true>(t, c);
+    score(Int<1>{});
   }
   for (int r = 0; r < t.rows; ++r) softmax_row(t, c, r);
   for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
   // Register blocks: as wide as fits, then single vectors, the last with a tail.
   constexpr int kWide = kWideVecs<kRows>;
   int d = 0;
+#if defined(__AVX512BF16__)
+  if (dims_in_pairs<kType, kRows>(t.head_dim_v)) {
+    for (; d < t.head_dim_v; d += kWide * kLanes)
+      accumulate_dims_pairs<kRows, kWide>(t, c, d, next);
+    return;
+  }
+#endif
   for (; d + kWide * kLanes <= t.head_dim_v; d += kWide * kLanes)
     accumulate_dims<kType, kRows, kWide, false>(t, c, d, next);
   for (; d + kLanes <= t.head_dim_v; d += kLanes)
@@ -224,6 +361,11 @@ SPARSE_ATTN_KERNEL void dim_begin(Tile& t) {
     widen_row(t.q_rows[r], t.q + r * pitch, t.head_dim, t.dtype);
     t.row_max[r] = kNegInf;
     t.row_sum[r] = 0.0f;
+  }
+  if (kHasBf16Dot && t.dtype == DType::kBFloat16) {  // what score_dims_pairs reads
+    memset(t.p_pairs, 0, sizeof(uint16_t) * t.head_dim * kMaxDimRows);
+    for (int r = 0; r < t.rows; ++r)
+      memcpy(t.p_pairs + r * t.head_dim, t.q_rows[r], t.head_dim * sizeof(uint16_t));
   }
 }
 

@@ -15,6 +15,7 @@
 #include "../core/types.h"
 
 #define SPARSE_ATTN_INLINE static inline __attribute__((always_inline))
+#define SPARSE_ATTN_INLINE_MEMBER inline __attribute__((always_inline))
 #define SPARSE_ATTN_KERNEL static __attribute__((noinline))
 
 namespace sparse_attn::cpu::SPARSE_ATTN_ISA {

@@ -13,3 +13,7 @@ takes the times, `runner` turns them into records, `suites` holds the presets an
 """
 
 from __future__ import annotations
+
+from .command import add_command
+
+__all__ = ["add_command"]

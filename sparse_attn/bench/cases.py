@@ -34,7 +34,7 @@ class Problem:
 
     @property
     def phase(self) -> str:
-        """"prefill" or "decode"."""
+        """Either "prefill" or "decode"."""
         return "decode" if self.seqlen_q < self.seqlen_k else "prefill"
 
     @property
@@ -100,7 +100,8 @@ class Choice:
     def __str__(self) -> str:
         if self.kind == "dense":
             return "dense"
-        tile = "" if self.block_m in (1, 64) and self.block_n == 64 else f" {self.block_m}x{self.block_n}"
+        usual = self.block_m in (1, 64) and self.block_n == 64
+        tile = "" if usual else f" {self.block_m}x{self.block_n}"
         return f"{self.kind} {100 * self.density:g}%{tile}"
 
 
@@ -177,20 +178,31 @@ class Keys:
     def index(self) -> SparseIndex:
         """The index of a sparse choice."""
         problem, choice = self.problem, self.choice
-        lengths = {"seqlen_q": problem.seqlen_q, "seqlen_k": problem.seqlen_k}
         if choice.kind == "dense":
-            return SparseIndex.dense(1, **lengths)
+            return SparseIndex.dense(problem.seqlen_q, problem.seqlen_k)
         if choice.kind == "streaming":
-            window = max(1, round(choice.density * problem.seqlen_k) - choice.block_n)
-            return SparseIndex.streaming(1, sink=choice.block_n, window=window, **lengths)
+            # A window w over a triangle of side n covers 1 - (1 - w / n)^2 of it.
+            share = 1 - (1 - choice.density) ** 0.5 if self.block_m > 1 else choice.density
+            window = max(1, round(share * problem.seqlen_k) - choice.block_n)
+            return SparseIndex.streaming(
+                problem.seqlen_q, problem.seqlen_k, sink=choice.block_n, window=window
+            )
         if choice.kind == "columns":
             index = self._columns()
         else:
-            sizes = {"block_m": self.block_m, "block_n": self.block_n}
-            index = SparseIndex.from_blocks(self.grid, **sizes, **lengths)
+            index = self._blocks(self.grid)
         if self.block_m > choice.block_m > 1:
             index = index.with_tiles(block_m=choice.block_m)
         return index.validate()
+
+    def _blocks(self, grid: Tensor) -> SparseIndex:
+        return SparseIndex.from_blocks(
+            grid,
+            block_m=self.block_m,
+            block_n=self.block_n,
+            seqlen_q=self.problem.seqlen_q,
+            seqlen_k=self.problem.seqlen_k,
+        )
 
     def _columns(self) -> SparseIndex:
         """Blocks of the tile's own rows, and random earlier keys, as many as the grid's blocks."""
@@ -205,13 +217,7 @@ class Keys:
             for head in range(heads)
             for tile, count in enumerate(counts[head].tolist())
         ]
-        blocks = SparseIndex.from_blocks(
-            self.grid & own,
-            block_m=self.block_m,
-            block_n=self.block_n,
-            seqlen_q=problem.seqlen_q,
-            seqlen_k=problem.seqlen_k,
-        )
+        blocks = self._blocks(self.grid & own)
         ends = counts.flatten().cumsum(0).view(heads, tiles)
         indptr = torch.cat((ends[:, :1] - counts[:, :1], ends), dim=1)[None]
         return SparseIndex.from_lists(

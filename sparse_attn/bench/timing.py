@@ -54,11 +54,11 @@ def interleaved(
 ) -> dict[Key, Times]:
     """Times of every call, taken in turn: A B C, A B C, ...
 
-    Each call first runs once to warm up and once for an estimate. A call shorter than `min_sample`
-    runs several times in a row for one entry, so that the clock's own cost and grain vanish.
+    Each call first runs once for an estimate. A call shorter than `min_sample` runs several times
+    in a row for one entry, so that the clock's own cost and grain vanish.
 
     Args:
-        calls: what to time.
+        calls: what to time; already warm (compiled, its pages touched).
         rounds: entries per call, at most.
         seconds: no round starts after this long, except the first three.
         min_sample: seconds that one entry should take at least.
@@ -69,7 +69,6 @@ def interleaved(
     begin = time.perf_counter()
     for key, call in calls.items():
         prepare(key)
-        call()
         estimate = max(sample(call)[1], 1e-9)
         times[key].number = min(MAX_NUMBER, max(1, math.ceil(min_sample / estimate)))
     for done in range(rounds):
