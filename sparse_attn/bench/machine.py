@@ -46,12 +46,14 @@ class Limit:
         unit: "flop" or "byte".
         amount: flop or bytes per call.
         call: does it.
+        threads: that share the amount.
     """
 
     name: str
     unit: str
     amount: float
     call: Callable[[], object]
+    threads: int = 1
 
 
 def peak_name(dtype: torch.dtype, capability: str | None = None) -> str:
@@ -129,9 +131,9 @@ class Machine:
             return flops
 
         per_thread: float = self._fma(bits, 1, ctypes.byref(ctypes.c_double())) * FMA_ITERATIONS
-        return (
-            Limit(name, "flop", per_thread * self._threads, self._all(once)) if per_thread else None
-        )
+        if not per_thread:
+            return None
+        return Limit(name, "flop", per_thread * self._threads, self._all(once), self._threads)
 
     def _read_limit(self, name: str) -> Limit:
         """Threads share main memory and L3, and have an L2 each."""
@@ -147,7 +149,8 @@ class Machine:
             for _ in range(repeats):
                 self._read(start + thread * each, each)
 
-        return Limit(name, "byte", float(each * self._threads * repeats), self._all(once))
+        amount = float(each * self._threads * repeats)
+        return Limit(name, "byte", amount, self._all(once), self._threads)
 
     def _all(self, once: Callable[[int], object]) -> Callable[[], object]:
         """A call that runs `once` on every thread; ctypes lets go of the interpreter lock."""

@@ -169,24 +169,32 @@ def plot(document: Document, folder: Path) -> list[Path]:
         ) from error
     matplotlib.use("agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
+    ticker = importlib.import_module("matplotlib.ticker")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for group, members in groupby(document["records"], key=lambda r: r["group"]):
         lines = _lines(list(members))
-        if not any(len(points) > 1 for points in lines.values()):
+        if not any(len({p["tile_density"] for p in points}) > 1 for points in lines.values()):
             continue
-        figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
         for (left, title), axis in zip(_PANELS, axes, strict=True):
             for label, points in lines.items():
                 pairs = [(p["tile_density"], left(p)) for p in points]
                 known = [(x, y) for x, y in pairs if y is not None]
-                if known:
+                if known:  # without a compiler the peak is unknown
                     axis.plot(*zip(*known, strict=True), marker="o", label=label)
             axis.set(xscale="log", xlabel="density", title=title)
+            axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.set_xticks(sorted({r["tile_density"] for p in lines.values() for r in p}))
+            axis.tick_params(axis="x", rotation=60)
             axis.grid(alpha=0.3)
         axes[0].set_ylim(bottom=0)
         axes[1].set_yscale("log")
-        axes[0].legend(fontsize="small")
+        axes[1].yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes[1].yaxis.set_minor_formatter(ticker.NullFormatter())
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize="small")
         figure.suptitle(group)
         path = folder / (re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-") + ".png")
         figure.savefig(path, dpi=120)

@@ -43,6 +43,7 @@ class Goal:
         per_density: whether the figure is divided by the tile density of `case`.
         inverse: whether the figure is the other way round, time of `over` over time of `case`.
         clock: "cpu" or "wall" where it is not the run's.
+        microseconds: whether the figure is the time of `case` itself.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Goal:
     per_density: bool = False
     inverse: bool = False
     clock: str | None = None
+    microseconds: bool = False
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,8 @@ def _record(
     shares = {
         name: _share(case, limits[name], times, density, clock)
         for name in _limit_names(case)
-        if name in limits
+        # Per second of processor time the number of threads does not matter.
+        if name in limits and (clock == "cpu" or limits[name].threads == case.threads)
     }
     speedups = {
         f"{other.by}, {other.choice}": paired_ratio(times[other].of(clock), mine.of(clock))
@@ -311,7 +314,9 @@ def _figure(
     if goal.case not in densities or (goal.over is not None and goal.over not in densities):
         return None
     density = densities[goal.case]
-    if goal.over is None:
+    if goal.microseconds:
+        value = 1e6 * median(times[goal.case].of(clock))
+    elif goal.over is None:
         name = _limit_names(goal.case)[-1]
         if name not in limits:
             return None
