@@ -72,7 +72,7 @@ def test_short_calls_are_repeated_and_divided(clock: Clock) -> None:
 
     times = timing.interleaved({"a": call}, rounds=3, min_sample=1e-3)["a"]
     assert times.number == 4
-    assert next(count) == 1 + 3 * 4
+    assert next(count) == 1 + 3 * (1 + 4)  # one untimed in a round
     assert times.wall == pytest.approx([0.25e-3] * 3)
 
 
@@ -143,6 +143,31 @@ def test_peak_is_that_of_the_instructions_used() -> None:
     assert machine.peak_name(torch.bfloat16, "avx512") == "fp32_512"
     assert machine.peak_name(torch.float16, "avx512_bf16") == "fp32_512"
     assert machine.peak_name(torch.float32, "avx2") == "fp32_256"
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+def test_limits_of_the_machine() -> None:
+    one, two = machine.Machine(), machine.Machine(threads=2)
+    for name in (*machine.FMA_BITS, *machine.READ_BYTES):
+        limit, shared = one.limit(name), two.limit(name)
+        assert (limit is None) == (shared is None)
+        if limit is None or shared is None:  # not on this CPU
+            continue
+        # Threads do as much each; main memory and L3 they share.
+        assert shared.amount / limit.amount == pytest.approx(2 if limit.unit == "flop" else 1)
+    assert one.limit(machine.peak_name(torch.float32)) is not None
+
+
+def test_without_a_compiler_shares_are_unknown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    file = tmp_path / "bench.json"
+    command = "bench --seqlen 64 --head-dim 32 --density 1 --peers --rounds 1 --seconds 0"
+    assert main([*command.split(), "--json", str(file)]) == 0
+    assert "no C++ compiler is found" in capsys.readouterr().out
+    (record,) = json.loads(file.read_text())["records"]
+    assert record["share_of_peak"] is None and record["ratio_to_best_dense_peer"] is None
 
 
 # --- peers ----------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 Document = dict[str, Any]
 
 _HEAD = (
-    f"{'implementation':25} {'dtype':9} {'keys':22} {'density':>7} {'cpu ms p20/p50/p80':>26} "
+    f"{'implementation':25} {'dtype':9} {'keys':26} {'density':>7} {'cpu ms p20/p50/p80':>26} "
     f"{'wall ms':>9} {'rate':>11} {'share':>6} {'x dense':>8} {'t/d':>5}"
 )
 
@@ -69,7 +69,7 @@ def text_table(records: Sequence[Record]) -> str:
         for r in rows:
             spread = "/".join(_ms(r["cpu_ms"][p]) for p in ("p20", "p50", "p80"))
             lines.append(
-                f"{name(r):25} {r['problem']['dtype']:9} {keys(r, shaped):22} "
+                f"{name(r):25} {r['problem']['dtype']:9} {keys(r, shaped):26} "
                 f"{r['tile_density']:7.3f} {spread:>26} {_ms(r['wall_ms']['p50']):>9} "
                 f"{rate(r):>11} {_number(share(r), '6.1%'):>6} "
                 f"{_number(r['ratio_to_best_dense_peer'], '.2f'):>8} "
@@ -203,7 +203,7 @@ def plot(document: Document, folder: Path) -> list[Path]:
     return files
 
 
-_PANELS = (
+_PANELS: tuple[tuple[Callable[[Record], float | None], str], ...] = (
     (share, "share of the measured peak"),
     (lambda r: r["ratio_to_best_dense_peer"], "speed-up over the best dense peer"),
 )
