@@ -533,6 +533,24 @@ def test_cat_heads(batches, bits):
         assert (joined.block_bits is None) == (not any(bits))
 
 
+@pytest.mark.parametrize("join, dim", [(SparseIndex.cat_heads, 1), (SparseIndex.stack, 0)])
+def test_joining_keeps_fully_visible_blocks_of_later_parts(join, dim):
+    """An id of -1 must not be shifted to the mask before a part's own, here one without any bit."""
+    part = SparseIndex.from_lists(
+        seqlen_q=16,
+        seqlen_k=16,
+        block_m=16,
+        block_n=8,
+        block_indptr=torch.tensor([[[0, 2]]]),
+        block_indices=torch.tensor([0, 8], dtype=torch.int32),
+        block_bits_ids=torch.tensor([-1, 0], dtype=torch.int32),
+        block_bits=torch.zeros(1, 8, 1, dtype=torch.int64),
+    )
+    joined = join([part, part]).validate()
+    assert joined.block_bits_ids.tolist() == [-1, 0, -1, 1]
+    assert torch.equal(joined.to_dense_mask(), torch.cat([part.to_dense_mask()] * 2, dim))
+
+
 def test_cat_heads_of_one_part_is_the_part():
     index = random_index()
     assert SparseIndex.cat_heads([index]) is index

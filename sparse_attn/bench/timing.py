@@ -31,6 +31,11 @@ class Times:
     wall: list[float] = field(default_factory=list)
     number: int = 1
 
+    def add(self, cpu: float, wall: float) -> None:
+        """Append an entry."""
+        self.cpu.append(cpu)
+        self.wall.append(wall)
+
     def of(self, clock: str) -> list[float]:
         """The times of one clock, "cpu" or "wall"."""
         return self.cpu if clock == "cpu" else self.wall
@@ -55,10 +60,9 @@ def interleaved(
 ) -> dict[Key, Times]:
     """Times of every call, taken in turn: A B C, A B C, ...
 
-    Each call first runs once for an estimate. A call shorter than `min_sample` runs several times
-    in a row for one entry, so that the clock's own cost and grain vanish. Calls up to WARM_SECONDS
-    also run untimed before each entry: what they work on may stay in caches, which the contestant
-    before them has filled with its own.
+    A call shorter than `min_sample` runs several times in a row for one entry, so that the clock's
+    own cost and grain vanish. Calls up to WARM_SECONDS also run untimed before each entry: what
+    they work on may stay in caches, which the contestant before them has filled with its own.
 
     Args:
         calls: what to time; already warm (compiled, its pages touched).
@@ -69,22 +73,24 @@ def interleaved(
     """
     prepare = before or (lambda _: None)
     times = {key: Times() for key in calls}
-    estimates: dict[Key, float] = {}
+    warm_ups: dict[Key, int] = {}
     begin = time.perf_counter()
-    for key, call in calls.items():
-        prepare(key)
-        estimates[key] = max(sample(call)[1], 1e-9)
-        times[key].number = min(MAX_NUMBER, max(1, math.ceil(min_sample / estimates[key])))
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
             break
         for key, call in calls.items():
             prepare(key)
-            if estimates[key] <= WARM_SECONDS:
-                sample(call, -(-times[key].number // 4))
-            cpu, wall = sample(call, times[key].number)
-            times[key].cpu.append(cpu)
-            times[key].wall.append(wall)
+            entry = times[key]
+            if done == 0:
+                first = sample(call)
+                entry.number = min(MAX_NUMBER, max(1, math.ceil(min_sample / max(first[1], 1e-9))))
+                warm_ups[key] = -(-entry.number // 4) if first[1] <= WARM_SECONDS else 0
+                if not warm_ups[key]:  # long enough to count
+                    entry.add(*first)
+                    continue
+            if warm_ups[key]:
+                sample(call, warm_ups[key])
+            entry.add(*sample(call, entry.number))
     return times
 
 
