@@ -536,7 +536,7 @@ def test_sequences_that_share_keys_have_no_gradient():
     q, k, v = leaves(make(Case("dense", seqlen_q=20), torch.float32).inputs)
     ranges = torch.tensor([[0, 10, 0, 30, 20], [10, 10, 20, 33, 23]], dtype=torch.int32)
     out = attention_ranges(q, k, v, "dense", ranges)
-    with pytest.raises(RuntimeError, match="overlap in k at key 20"):
+    with pytest.raises(RuntimeError, match="overlap in k at token 20"):
         out.sum().backward()
 
 

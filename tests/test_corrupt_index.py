@@ -388,7 +388,7 @@ def test_wrong_number_of_ranges():
 def test_ranges_that_share_rows_raise():
     """Threads would race on the rows of two sequences."""
     ranges = torch.tensor([[0, 5, 0, 5, 0], [4, 5, 5, 5, 0]]).int()
-    with pytest.raises(RuntimeError, match="seq_ranges overlap in q at row 4"):
+    with pytest.raises(RuntimeError, match="seq_ranges overlap in q at token 4"):
         sparse_attn.attention_ranges(*tensors(9, 12), "dense", ranges)
 
 

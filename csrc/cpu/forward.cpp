@@ -157,14 +157,14 @@ void merge_row(const AttentionParams& p, const Kernels& kernels, const Pieces& p
     const float* from = pieces.out.get() + slot(i) * p.head_dim_v;
     for (int d = 0; d < p.head_dim_v; ++d) sum[d] += static_cast<float>(weight) * from[d];
   }
-  const float factor = weights > 0.0 ? static_cast<float>(1.0 / weights) : 0.0f;
-  if (weights > 0.0 || weights != weights)
-    for (int d = 0; d < p.head_dim_v; ++d) sum[d] *= weights > 0.0 ? factor : NAN;
+  // A NaN among the pieces makes `weights` one, and so the whole row.
+  const float factor = weights == 0.0 ? 0.0f : static_cast<float>(1.0 / weights);
+  for (int d = 0; d < p.head_dim_v; ++d) sum[d] *= factor;
   kernels.narrow(sum,
                  const_cast<char*>(row_pointer(p.out, s.batch, head, row, element_size(p.dtype))),
                  p.head_dim_v, p.dtype);
-  *lse_pointer(p, s.batch, head, row) = weights > 0.0 ? static_cast<float>(top + std::log(weights))
-                                                      : (weights == 0.0 ? -INFINITY : NAN);
+  *lse_pointer(p, s.batch, head, row) =
+      weights == 0.0 ? -INFINITY : static_cast<float>(top + std::log(weights));
 }
 
 IndexFault run_split_tiles(const AttentionParams& p, const Kernels& kernels,

@@ -77,17 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
                       grad_out.size(1) == p.num_heads && grad_out.size(2) == p.seqlen_q &&
                       grad_out.size(3) == p.head_dim_v && grad_out.stride(3) == 1,
                   "sparse_attn::attention_backward: grad_out does not fit q and v");
-  if (seq_ranges.has_value() && q.size(0) == 1) {
-    // Gradients of two sequences that share keys would overwrite each other.
-    std::vector<std::pair<int64_t, int64_t>> spans;
-    for (const Sequence& s : sequences)
-      if (s.k_len > 0) spans.emplace_back(s.k_start, s.k_start + s.k_len);
-    std::sort(spans.begin(), spans.end());
-    for (size_t i = 1; i < spans.size(); ++i)
-      STD_TORCH_CHECK(spans[i].first >= spans[i - 1].second,
-                      "sparse_attn::attention_backward: seq_ranges overlap in k at key ",
-                      spans[i].first);
-  }
+  // Gradients of two sequences that share keys would overwrite each other.
+  if (q.size(0) == 1) check_disjoint(sequences, "k", &Sequence::k_start, &Sequence::k_len);
   Tensor grad_q = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim);
   Tensor grad_k = empty_rows(k, p.num_heads_kv, p.seqlen_k, p.head_dim);
   Tensor grad_v = empty_rows(v, p.num_heads_kv, p.seqlen_k, p.head_dim_v);

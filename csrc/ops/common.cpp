@@ -46,17 +46,6 @@ void check_head_dim(int64_t dim) {
                   " is not a multiple of 8 up to 256");
 }
 
-// Rows of different sequences must not share output rows: threads would race on them.
-void check_disjoint(const std::vector<Sequence>& sequences) {
-  std::vector<std::pair<int64_t, int64_t>> spans;
-  for (const Sequence& s : sequences)
-    if (s.q_len > 0) spans.emplace_back(s.q_start, s.q_start + s.q_len);
-  std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i)
-    STD_TORCH_CHECK(spans[i].first >= spans[i - 1].second,
-                    "sparse_attn: seq_ranges overlap in q at row ", spans[i].first);
-}
-
 std::vector<Sequence> read_sequences(const AttentionArgs& args) {
   const int64_t batch = args.q.size(0);
   const int64_t seqlen_q = args.q.size(2), seqlen_k = args.k.size(2);
@@ -84,11 +73,23 @@ std::vector<Sequence> read_sequences(const AttentionArgs& args) {
                     row[3], ", keys ", seqlen_k);
     sequences.push_back(sequence);
   }
-  if (batch == 1) check_disjoint(sequences);
+  // Threads would race on rows that two sequences share.
+  if (batch == 1) check_disjoint(sequences, "q", &Sequence::q_start, &Sequence::q_len);
   return sequences;
 }
 
 }  // namespace
+
+void check_disjoint(const std::vector<Sequence>& sequences, const char* name,
+                    int64_t Sequence::* start, int64_t Sequence::* length) {
+  std::vector<std::pair<int64_t, int64_t>> spans;
+  for (const Sequence& s : sequences)
+    if (s.*length > 0) spans.emplace_back(s.*start, s.*start + s.*length);
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i)
+    STD_TORCH_CHECK(spans[i].first >= spans[i - 1].second, "sparse_attn: seq_ranges overlap in ",
+                    name, " at token ", spans[i].first);
+}
 
 IndexView index_view(const IndexArgs& args) {
   check_index_tensor(args.heads, ScalarType::Int, 2, "heads");

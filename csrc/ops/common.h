@@ -55,6 +55,10 @@ struct AttentionArgs {
 AttentionParams query_key_params(const Tensor& q, const Tensor& k);
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
 
+// Throws if two sequences share tokens of q (&Sequence::q_start, q_len) or of k.
+void check_disjoint(const std::vector<Sequence>& sequences, const char* name,
+                    int64_t Sequence::* start, int64_t Sequence::* length);
+
 TensorView tensor_view(const Tensor& x);
 // A [batch, heads, seqlen, dim] tensor laid out in memory as `like` is: rows of all heads together
 // if `like` is a transposed [batch, seqlen, heads, dim] tensor.
