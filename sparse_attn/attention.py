@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     )
 
 
-# List-free indexes of patterns that do not read q and k; emptied when full (a decode loop meets a new length
-# at every step).
+# List-free indexes of patterns that do not read q and k; emptied when full (a decode loop meets a
+# new length at every step).
 _static_indexes: dict[tuple[object, ...], SparseIndex] = {}
 _MAX_STATIC_INDEXES = 256
 
@@ -398,8 +398,8 @@ def _index(
     if chosen.data_dependent or _is_tracing():
         with torch.no_grad():
             return chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset)
-    # Such an index depends on shapes alone. Without lists it is a few small tensors, and making them
-    # anew would be a third of a short call; nobody outside this module sees them to change them.
+    # Such an index depends on shapes alone. Without lists it is a few small tensors, and making
+    # them anew would be a third of a short call. Nobody outside this module can change them.
     key = (chosen, q.shape[1:3], k.shape[1:3], causal, q_offset, q.device)
     index = _static_indexes.get(key)
     if index is None:
