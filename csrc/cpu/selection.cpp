@@ -48,7 +48,7 @@ void window_head(const AttentionParams& p, const Kernels& kernels, const Sequenc
       kernels.window_sum(tile, space->chunk, window.q_offset + row, columns,
                          padded.data() + kTileRows, distances);
   }
-  std::memcpy(diagonals, padded.data() + kTileRows, sizeof(float) * distances);
+  std::copy_n(padded.data() + kTileRows, distances, diagonals);
 }
 
 // Orders as a float does, in unsigned integers; greater is better. A NaN counts as -inf.
@@ -66,7 +66,7 @@ void window_scores(const AttentionParams& p, int64_t rows, int64_t q_offset, flo
                    float* diagonals, int64_t distances, const Executor& executor) {
   const Kernels& table = kernels();
   const int64_t batch = p.num_sequences;
-  std::memset(columns, 0, sizeof(float) * batch * p.num_heads * p.seqlen_k);
+  std::fill_n(columns, batch * p.num_heads * p.seqlen_k, 0.0f);
   deal(executor, batch * p.num_heads, [&](int64_t i) {
     const int64_t skipped = p.seqlen_q - rows;
     const Sequence window{i / p.num_heads, skipped, rows, 0, p.seqlen_k, q_offset + skipped};
