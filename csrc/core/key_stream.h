@@ -119,8 +119,6 @@ class KeyStream {
     return chunk.count > 0;
   }
 
-  const RowLimits& causal_limits() const { return outer_; }
-
  private:
   struct Segment {
     int32_t begin, end;

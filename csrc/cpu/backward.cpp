@@ -64,9 +64,7 @@ bool run_kv_head(const BackwardParams& b, const Kernels& kernels, const Schedule
         return false;
       }
       set_rows(b, unit, shape, space->tile);
-      KeyStream stream(p, s, shape, unit.index_batch, unit.index_head,
-                       row_pointer(p.k, s.batch, head_kv, s.k_start, width),
-                       row_pointer(p.v, s.batch, head_kv, s.k_start, width));
+      KeyStream stream = key_stream(p, unit, shape);
       kernels.backward_begin(space->tile);
       while (stream.next(space->chunk)) kernels.backward_attend(space->tile, space->chunk);
       kernels.backward_finish(space->tile);

@@ -84,15 +84,6 @@ void set_rows(const AttentionParams& p, const Task& task, const Pieces& pieces, 
   }
 }
 
-KeyStream key_stream(const AttentionParams& p, const Unit& unit, const TileShape& shape) {
-  const Sequence& s = p.sequences[unit.sequence];
-  const int64_t head_kv = unit.first_head / (p.num_heads / p.num_heads_kv);
-  const int64_t width = element_size(p.dtype);
-  return KeyStream(p, s, shape, unit.index_batch, unit.index_head,
-                   row_pointer(p.k, s.batch, head_kv, s.k_start, width),
-                   row_pointer(p.v, s.batch, head_kv, s.k_start, width));
-}
-
 void run_task(const AttentionParams& p, const Kernels& kernels, const Task& task,
               const Pieces& pieces) {
   Workspace& space = workspace();

@@ -39,7 +39,7 @@ class Schedule {
                                                                          : h / group;
         Unit unit = unit_of(s, index_head, h);
         // Heads of one KV head that share lists share tiles, as far as rows allow.
-        const bool shared = index.num_heads == 1 || index.num_heads < params.num_heads;
+        const bool shared = index.num_heads < params.num_heads;
         const int64_t left_in_group = group - h % group;
         const int64_t fit = unit.rows_per_head > 0 ? kTileRows / unit.rows_per_head : 1;
         unit.heads = static_cast<int32_t>(shared ? std::min(left_in_group, fit) : 1);
@@ -126,7 +126,7 @@ void deal(const Executor& executor, int64_t n, Work work) {
   });
 }
 
-// Fills an index-tile check for a unit's tile.
+// Checks the lists that a unit's tile reads.
 inline IndexFault check_unit_tile(const AttentionParams& params, const Unit& unit,
                                   const TileShape& shape) {
   const int64_t parent = shape.first_row / params.index.block_m;
@@ -136,6 +136,16 @@ inline IndexFault check_unit_tile(const AttentionParams& params, const Unit& uni
 inline const char* row_pointer(const TensorView& x, int64_t batch, int64_t head, int64_t row,
                                int64_t width) {
   return x.data + (batch * x.batch_stride + head * x.head_stride + row * x.row_stride) * width;
+}
+
+// The keys of a unit's tile.
+inline KeyStream key_stream(const AttentionParams& p, const Unit& unit, const TileShape& shape) {
+  const Sequence& s = p.sequences[unit.sequence];
+  const int64_t head_kv = unit.first_head / (p.num_heads / p.num_heads_kv);
+  const int64_t width = element_size(p.dtype);
+  return KeyStream(p, s, shape, unit.index_batch, unit.index_head,
+                   row_pointer(p.k, s.batch, head_kv, s.k_start, width),
+                   row_pointer(p.v, s.batch, head_kv, s.k_start, width));
 }
 
 }  // namespace sparse_attn::cpu

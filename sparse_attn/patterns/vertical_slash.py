@@ -90,15 +90,8 @@ class VerticalSlash(Pattern):
         q_offset: int | None = None,
     ) -> SparseIndex:
         """See `Pattern.build`; the index has every query head, with 64 x 64 tiles."""
-        check_qk("VerticalSlash", q, k)
+        verticals, slashes = self._select(q, k, causal, softmax_scale, q_offset)
         batch, heads = q.shape[:2]
-        verticals, slashes = self._select(
-            q,
-            k,
-            causal=causal,
-            softmax_scale=scale_or_default(q, softmax_scale),
-            q_offset=offset_or_default(q, k, q_offset),
-        )
         return _index(
             verticals.flatten(0, 1),
             slashes.flatten(0, 1),
@@ -126,29 +119,28 @@ class VerticalSlash(Pattern):
         Returns:
             (verticals int32 [batch, num_heads, v], slashes int32 [batch, num_heads, s]), ascending.
         """
-        check_qk("VerticalSlash", q, k)
-        verticals, slashes = self._select(
-            q,
-            k,
-            causal=causal,
-            softmax_scale=scale_or_default(q, softmax_scale),
-            q_offset=offset_or_default(q, k, q_offset),
-        )
+        verticals, slashes = self._select(q, k, causal, softmax_scale, q_offset)
         # As a score, the mask has exactly as many ones as there are slashes to list.
         count = min(k.shape[2], max(self.slash, _MIN_SLASH))
         return verticals, top_k_indices(slashes.float(), count)
 
     def _select(
-        self, q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float, q_offset: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        causal: bool,
+        softmax_scale: float | None,
+        q_offset: int | None,
     ) -> tuple[Tensor, Tensor]:
         """(verticals int32 [batch, heads, v] ascending, slashes bool [batch, heads, seqlen_k])."""
+        check_qk("VerticalSlash", q, k)
         columns, diagonals = window_scores(
             q,
             k,
             last_q=self.last_q,
             num_distances=k.shape[2],
-            softmax_scale=softmax_scale,
-            q_offset=q_offset,
+            softmax_scale=scale_or_default(q, softmax_scale),
+            q_offset=offset_or_default(q, k, q_offset),
             causal=causal,
         )
         columns[..., : self.sink] = torch.inf
