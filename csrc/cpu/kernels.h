@@ -74,6 +74,8 @@ struct Kernels {
   void (*dim_begin)(Tile&);
   void (*dim_attend)(Tile&, const KeyChunk&, const KeyChunk* next);
   void (*dim_finish)(Tile&);
+  // scores[key][row] = q . k of a tile that row_begin has set up; nothing scaled, nothing masked.
+  void (*row_score)(Tile&, const KeyChunk&);
   // Probabilities of a window of rows: statistics in a first pass, sums in a second.
   void (*window_attend)(Tile&, const KeyChunk&);
   void (*window_sum)(Tile&, const KeyChunk&, int64_t first_position, float* columns,
@@ -81,7 +83,8 @@ struct Kernels {
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&);
   void (*backward_finish)(BackwardTile&);
-  // Writes n float32 numbers as dtype.
+  // n numbers of dtype as float32, and back.
+  void (*widen)(const char* from, float* to, int64_t n, DType dtype);
   void (*narrow)(const float* from, char* to, int64_t n, DType dtype);
 };
 

@@ -4,6 +4,7 @@
 #include "backward_tile.h"
 #include "dim_tile.h"
 #include "row_tile.h"
+#include "score_tile.h"
 #include "window_tile.h"
 
 namespace sparse_attn::cpu {
@@ -22,13 +23,22 @@ static void narrow(const float* from, char* to, int64_t n, DType dtype) {
 
 extern const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA);
 const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
-    SPARSE_ATTN_STRING(SPARSE_ATTN_ISA), SPARSE_ATTN_ISA::row_begin,
-    SPARSE_ATTN_ISA::row_attend,         SPARSE_ATTN_ISA::row_finish,
-    SPARSE_ATTN_ISA::kDimRows,           SPARSE_ATTN_ISA::dim_begin,
-    SPARSE_ATTN_ISA::dim_attend,         SPARSE_ATTN_ISA::dim_finish,
-    SPARSE_ATTN_ISA::window_attend,      SPARSE_ATTN_ISA::window_sum,
-    SPARSE_ATTN_ISA::backward_begin,     SPARSE_ATTN_ISA::backward_attend,
-    SPARSE_ATTN_ISA::backward_finish,    SPARSE_ATTN_ISA::narrow,
+    .name = SPARSE_ATTN_STRING(SPARSE_ATTN_ISA),
+    .row_begin = SPARSE_ATTN_ISA::row_begin,
+    .row_attend = SPARSE_ATTN_ISA::row_attend,
+    .row_finish = SPARSE_ATTN_ISA::row_finish,
+    .max_dim_rows = SPARSE_ATTN_ISA::kDimRows,
+    .dim_begin = SPARSE_ATTN_ISA::dim_begin,
+    .dim_attend = SPARSE_ATTN_ISA::dim_attend,
+    .dim_finish = SPARSE_ATTN_ISA::dim_finish,
+    .row_score = SPARSE_ATTN_ISA::row_score,
+    .window_attend = SPARSE_ATTN_ISA::window_attend,
+    .window_sum = SPARSE_ATTN_ISA::window_sum,
+    .backward_begin = SPARSE_ATTN_ISA::backward_begin,
+    .backward_attend = SPARSE_ATTN_ISA::backward_attend,
+    .backward_finish = SPARSE_ATTN_ISA::backward_finish,
+    .widen = SPARSE_ATTN_ISA::widen,
+    .narrow = SPARSE_ATTN_ISA::narrow,
 };
 
 }  // namespace sparse_attn::cpu

@@ -1,44 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled operators: loading them, their shapes for tracing, and their gradients.
-
-The schemas are in csrc/registration.cpp. Everything else in the package calls the functions here,
-never torch.ops.
-"""
+"""The attention operator: its handle, its shapes for tracing, and its gradients."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sparse_attn.ops.library import OPS
+
 if TYPE_CHECKING:
     from sparse_attn.index import SparseIndex
 
-
-def _load() -> None:
-    library = Path(__file__).with_name("_C.abi3.so")
-    try:
-        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except (OSError, FileNotFoundError) as error:
-        causes = (
-            f"the compiled library {library.name} is missing: the source tree is imported instead "
-            "of the installed package (run `pip install .` and import from another directory, or "
-            "`pip install -e .`)"
-            if not library.exists()
-            else f"it does not fit this torch ({torch.__version__}; 2.11 or newer is needed), or "
-            "was built for another kind of CPU or C library; rebuild with `pip install .`"
-        )
-        raise ImportError(
-            f"sparse_attn: cannot load its operators: {error}. Likely: {causes}."
-        ) from error
-
-
-_load()
-_ops = torch.ops.sparse_attn
-_attention_op = _ops.attention.default
+_attention_op = OPS.attention.default
 
 
 def attention(
@@ -90,7 +66,7 @@ def attention(
         sinks,
     )
     if torch.compiler.is_compiling():
-        out, lse = _ops.attention(*arguments)
+        out, lse = OPS.attention(*arguments)
         return out, lse
     if forward_ad._current_level >= 0:  # the cheap question first
         _refuse_tangents(q, k, v, sinks)
@@ -114,53 +90,6 @@ def _refuse_tangents(*inputs: Tensor | None) -> None:
                 "sparse_attn: attention has no forward-mode derivative; use reverse mode "
                 "(backward, torch.autograd.grad)."
             )
-
-
-def window_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    last_q: int,
-    num_distances: int,
-    q_offset: int,
-    causal: bool,
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """`selection.window_scores` on CPU tensors."""
-    columns, diagonals = _ops.window_scores(
-        q, k, last_q, num_distances, q_offset, causal, softmax_scale
-    )
-    return columns, diagonals
-
-
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """`selection.top_k_indices` on a contiguous float32 CPU tensor [rows, n], 0 <= k <= n."""
-    indices: Tensor = _ops.top_k(scores, k)
-    return indices
-
-
-def vertical_slash_lists(
-    verticals: Tensor,
-    slashes: Tensor,
-    *,
-    seqlen_q: int,
-    seqlen_k: int,
-    q_offset: int,
-    causal: bool,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`patterns.slash_lists.slash_lists` on CPU tensors: its four tensors, in their order."""
-    block_counts, block_indices, column_counts, column_indices = _ops.vertical_slash_lists(
-        verticals, slashes, seqlen_q, seqlen_k, q_offset, causal, block_m, block_n
-    )
-    return block_counts, block_indices, column_counts, column_indices
-
-
-def cpu_capability() -> str:
-    """Name of the instruction set that the CPU kernels run on now."""
-    name: str = _ops.cpu_capability()
-    return name
 
 
 def _empty_rows(like: Tensor, heads: int, seqlen: int, dim: int) -> Tensor:
@@ -189,41 +118,6 @@ def _check_index_fake(*_: Any) -> None:
     return None
 
 
-@torch.library.register_fake("sparse_attn::window_scores")  # type: ignore[untyped-decorator]
-def _window_scores_fake(
-    q: Tensor, k: Tensor, last_q: int, num_distances: int, *_: Any
-) -> tuple[Tensor, Tensor]:
-    columns = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
-    return columns, q.new_empty((*q.shape[:2], num_distances), dtype=torch.float32)
-
-
-@torch.library.register_fake("sparse_attn::top_k")  # type: ignore[untyped-decorator]
-def _top_k_fake(scores: Tensor, k: int) -> Tensor:
-    return scores.new_empty((scores.shape[0], k), dtype=torch.int32)
-
-
-@torch.library.register_fake("sparse_attn::vertical_slash_lists")  # type: ignore[untyped-decorator]
-def _vertical_slash_lists_fake(
-    verticals: Tensor,
-    slashes: Tensor,
-    seqlen_q: int,
-    seqlen_k: int,
-    q_offset: int,
-    causal: bool,
-    block_m: int,
-    block_n: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = (verticals.shape[0], (seqlen_q + block_m - 1) // block_m)
-    context = torch.library.get_ctx()
-    blocks, columns = context.new_dynamic_size(), context.new_dynamic_size()
-    return (
-        verticals.new_empty(counts, dtype=torch.int64),
-        verticals.new_empty(blocks),
-        verticals.new_empty(counts, dtype=torch.int64),
-        verticals.new_empty(columns),
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
     out, lse = output
@@ -247,7 +141,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         grad_out = grad_out.contiguous()
     # d lse / d logit is the probability, as is d out / d logit up to (v - out): one row term.
     delta = (grad_out.float() * out.float()).sum(-1) - grad_lse
-    grads = _ops.attention_backward(
+    grads = OPS.attention_backward(
         grad_out.to(q.dtype), delta.contiguous(), lse, q, k, v, *call_args
     )
     grad_sinks = None
