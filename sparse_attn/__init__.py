@@ -18,9 +18,11 @@ from sparse_attn.patterns import (
     BlockSparse,
     Dense,
     Pattern,
+    PatternState,
     PerHead,
     SlidingWindow,
     VerticalSlash,
+    presets,
 )
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ __all__ = [
     "Density",
     "HeadKind",
     "Pattern",
+    "PatternState",
     "PerHead",
     "SlidingWindow",
     "SparseIndex",
@@ -42,4 +45,5 @@ __all__ = [
     "attention_ranges",
     "attention_varlen",
     "merge_states",
+    "presets",
 ]

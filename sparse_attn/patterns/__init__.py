@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patterns: frozen descriptions of how to choose keys. Each builds a SparseIndex."""
 
-from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns import presets
+from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
 from sparse_attn.patterns.names import pattern_names, resolve
 from sparse_attn.patterns.per_head import PerHead
@@ -13,10 +14,12 @@ __all__ = [
     "BlockSparse",
     "Dense",
     "Pattern",
+    "PatternState",
     "PerHead",
     "SlidingWindow",
     "VerticalSlash",
     "pattern_names",
+    "presets",
     "resolve",
     "vertical_slash_index",
 ]

@@ -21,9 +21,14 @@ class Pattern(ABC):
     Attributes:
         data_dependent: whether `build` reads the values of q and k. If not, it only looks at their
             shapes and device, and is traceable by torch.compile with fullgraph.
+        row_local: whether a query tile's choice depends on that tile's rows alone, and not on
+            other rows of q. Then a prefill in chunks that are multiples of the tile chooses what
+            one in a single call chooses, and a long call may be built and run a band of rows at a
+            time.
     """
 
     data_dependent: ClassVar[bool] = True
+    row_local: ClassVar[bool] = False
 
     @abstractmethod
     def build(
@@ -52,6 +57,41 @@ class Pattern(ABC):
         Raises:
             ValueError: q and k do not fit each other.
         """
+
+
+class PatternState(Pattern):
+    """A pattern with a memory: what it chose or computed before decides what it does next.
+
+    Unlike a pattern it is mutable and not hashable; it belongs to one cache of one layer. Pass it
+    wherever a pattern is taken. Call `reset` when the cache starts anew.
+    """
+
+    data_dependent: ClassVar[bool] = True
+    __hash__ = None  # type: ignore[assignment]
+
+    @abstractmethod
+    def of_sequence(self, sequence: int) -> Pattern:
+        """What stands for this state where sequences are built one by one (padding, varlen).
+
+        Args:
+            sequence: number of the sequence, from 0.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The memory as tensors; `load_state_dict` of an equal pattern's state restores it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            ValueError: the tensors do not fit this pattern.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything."""
 
 
 def check_qk(owner: str, q: Tensor, k: Tensor) -> None:

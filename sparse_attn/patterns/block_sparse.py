@@ -75,6 +75,7 @@ class BlockSparse(Pattern):
     sink_blocks: int = 1
     local_blocks: int = 1
     data_dependent: ClassVar[bool] = True
+    row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         given = {"top_k": self.top_k, "density": self.density, "threshold": self.threshold}

@@ -26,6 +26,7 @@ class Dense(Pattern):
     """
 
     data_dependent: ClassVar[bool] = False
+    row_local: ClassVar[bool] = True
 
     def build(
         self,
@@ -72,11 +73,13 @@ class AShape(Pattern):
     window: int = 3968
     dense_tail: int = 0
     data_dependent: ClassVar[bool] = False
+    row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_int("AShape", "sink", self.sink, 0)
         check_int("AShape", "window", self.window, 0)
         check_int("AShape", "dense_tail", self.dense_tail, 0)
+        object.__setattr__(self, "row_local", self.dense_tail == 0)  # which rows are last?
 
     def build(
         self,
@@ -120,6 +123,7 @@ class SlidingWindow(Pattern):
 
     window: int
     data_dependent: ClassVar[bool] = False
+    row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_int("SlidingWindow", "window", self.window, 1)
