@@ -12,6 +12,7 @@ from sparse_attn.attention import (
     merge_states,
 )
 from sparse_attn.backends import UnsupportedError
+from sparse_attn.explain import Explanation, explain
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import (
     AShape,
@@ -32,6 +33,7 @@ __all__ = [
     "BlockSparse",
     "Dense",
     "Density",
+    "Explanation",
     "HeadKind",
     "Pattern",
     "PatternState",
@@ -44,6 +46,7 @@ __all__ = [
     "attention_decode",
     "attention_ranges",
     "attention_varlen",
+    "explain",
     "merge_states",
     "presets",
 ]

@@ -84,7 +84,7 @@ def attention(
     """
     _check_qkv("attention", q, k, v)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    index = _index(pattern, q, k, causal, softmax_scale, offset)
+    index = build_index(pattern, q, k, causal, softmax_scale, offset)
     if index.seqlen_q != q.shape[2] or index.seqlen_k != k.shape[2]:
         raise ValueError(
             f"sparse_attn.attention: the index was built for seqlen_q={index.seqlen_q}, "
@@ -381,7 +381,7 @@ def _run(
     )
 
 
-def _index(
+def build_index(
     pattern: Any,
     q: Tensor,
     k: Tensor,
@@ -427,9 +427,9 @@ def _ranges_index(
     causal: bool,
     softmax_scale: float | None,
 ) -> SparseIndex:
-    """As `_index`, over the sequences of seq_ranges."""
+    """As `build_index`, over the sequences of seq_ranges."""
     if isinstance(pattern, SparseIndex) or _is_block_mask(pattern):
-        return _index(pattern, q, k, causal, softmax_scale, 0)
+        return build_index(pattern, q, k, causal, softmax_scale, 0)
     chosen = resolve(pattern, q.shape[1])
     if not chosen.data_dependent:
         index = chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=0)
@@ -440,7 +440,9 @@ def _ranges_index(
         b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
         rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
         member = chosen.of_sequence(s) if isinstance(chosen, PatternState) else chosen
-        parts.append(_index(member, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset))
+        parts.append(
+            build_index(member, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset)
+        )
     return SparseIndex.stack(parts)
 
 
