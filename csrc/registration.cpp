@@ -28,11 +28,10 @@ void check_index_cpu(const Tensor, const Tensor, const Tensor, const OptionalTen
                      const OptionalTensor, const Tensor, const Tensor, const OptionalTensor,
                      int64_t, int64_t, int64_t, int64_t);
 std::tuple<Tensor, Tensor> window_scores_cpu(const Tensor, const Tensor, int64_t, int64_t, int64_t,
-                                             bool, double);
+                                             bool, double, bool);
 Tensor top_k_cpu(const Tensor, int64_t);
-std::tuple<Tensor, Tensor, Tensor, Tensor> vertical_slash_lists_cpu(const Tensor, const Tensor,
-                                                                    int64_t, int64_t, int64_t, bool,
-                                                                    int64_t, int64_t);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vertical_slash_lists_cpu(
+    const Tensor, const Tensor, int64_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t, bool);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -49,9 +48,9 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def("attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("check_index(" INDEX_ARGS ", int seqlen_q, int seqlen_k) -> ()");
-  m.def("window_scores(Tensor q, Tensor k, SymInt last_q, SymInt num_distances, SymInt q_offset, bool causal, float softmax_scale) -> (Tensor columns, Tensor diagonals)");
+  m.def("window_scores(Tensor q, Tensor k, SymInt last_q, SymInt num_distances, SymInt q_offset, bool causal, float softmax_scale, bool maximum) -> (Tensor columns, Tensor diagonals)");
   m.def("top_k(Tensor scores, SymInt k) -> Tensor");
-  m.def("vertical_slash_lists(Tensor verticals, Tensor slashes, SymInt seqlen_q, SymInt seqlen_k, SymInt q_offset, bool causal, int block_m, int block_n) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
+  m.def("vertical_slash_lists(Tensor verticals, Tensor slashes, SymInt seqlen_q, SymInt seqlen_k, SymInt q_offset, bool causal, int block_m, int block_n, SymInt chunk, bool exact) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices, Tensor block_bits_ids, Tensor block_bits)");
   m.def("cpu_capability() -> str");
 }
 

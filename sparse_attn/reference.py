@@ -484,9 +484,9 @@ def vertical_slash_selection(
 
     The softmax rows A of the last ``L = min(last_q, seqlen_q)`` queries are summed by column,
     ``ver[j] = sum_p A[p, j]``, and by diagonal, ``sla[s] = sum_p A[p, p - s]`` with s in
-    [0, seqlen_k). Columns below `sink` and diagonals below `local` get +inf. Then V is the top
-    ``min(seqlen_k, max(vertical, sink))`` columns, S the top
-    ``min(seqlen_k, max(slash, min_slash))`` diagonals.
+    [0, D), ``D = max(seqlen_k, seqlen_q + q_offset)``. Columns below `sink` and diagonals below
+    `local` get +inf. Then V is the top ``min(seqlen_k, max(vertical, sink))`` columns, S the top
+    ``min(D, max(slash, min_slash))`` diagonals.
 
     Ties are broken by index ascending. It decides more than equal scores: with
     ``max(slash, min_slash) < local`` all candidates for S are the forced ones, which tie at +inf,
@@ -523,7 +523,7 @@ def vertical_slash_selection(
     for b, h in _indices((batch, num_heads)):
         keys = k[b, h // group].double()
         ver = torch.zeros(seqlen_k, dtype=torch.float64)
-        sla = torch.zeros(seqlen_k, dtype=torch.float64)
+        sla = torch.zeros(max(seqlen_k, seqlen_q + offset), dtype=torch.float64)
         for i in range(max(0, seqlen_q - last_q), seqlen_q):
             p = i + offset
             seen = min(seqlen_k, p + 1) if causal else seqlen_k
@@ -534,7 +534,7 @@ def vertical_slash_selection(
             row = torch.softmax(logits, dim=-1)
             ver[:seen] += row
             j = torch.arange(seen)
-            j = j[(p - j >= 0) & (p - j < seqlen_k)]
+            j = j[p - j >= 0]
             sla[p - j] += row[j]
         ver[:sink] = math.inf
         sla[:local] = math.inf

@@ -48,8 +48,11 @@ def test_vertical_slash_lists_equal_torch(
         assert torch.equal(getattr(native, name), getattr(plain, name)), name
 
 
-def plain_window_scores(q, k, *, last_q, num_distances, softmax_scale, q_offset, causal):
+def plain_window_scores(
+    q, k, *, last_q, num_distances, softmax_scale, q_offset, causal, reduction="sum"
+):
     """Row by row, in float64."""
+    rows = min(last_q, q.shape[2])
     batch, heads, seqlen_q, _ = q.shape
     group = heads // k.shape[1]
     columns = torch.zeros(batch, heads, k.shape[2], dtype=torch.float64)
@@ -63,13 +66,20 @@ def plain_window_scores(q, k, *, last_q, num_distances, softmax_scale, q_offset,
                 if not seen.any():
                     continue
                 p = logits.softmax(0)
-                columns[b, h] += p
                 distance = i + q_offset - torch.arange(k.shape[2])
                 inside = (distance >= 0) & (distance < num_distances)
-                diagonals[b, h].index_add_(0, distance[inside], p[inside])
+                along = torch.zeros(num_distances, dtype=torch.float64)
+                along[distance[inside]] = p[inside]
+                if reduction == "max":
+                    columns[b, h] = torch.maximum(columns[b, h], p)
+                    diagonals[b, h] = torch.maximum(diagonals[b, h], along)
+                else:
+                    columns[b, h] += p / (rows if reduction == "mean" else 1)
+                    diagonals[b, h] += along / (rows if reduction == "mean" else 1)
     return columns, diagonals
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
@@ -100,6 +110,7 @@ def test_window_scores_equal_the_rule(
     offset,
     causal,
     scale,
+    reduction,
 ):
     monkeypatch.setenv("SPARSE_ATTN_CPU_CAPABILITY", capability)
     try:
@@ -115,6 +126,7 @@ def test_window_scores_equal_the_rule(
         "softmax_scale": scale,
         "q_offset": seqlen_k - seqlen_q if offset is None else offset,
         "causal": causal,
+        "reduction": reduction,
     }
     found = estimators.window_scores(q, k, **arguments)
     expected = plain_window_scores(q, k, **arguments)
@@ -122,6 +134,53 @@ def test_window_scores_equal_the_rule(
         # Sums of up to last_q probabilities whose logits carry a few float32 roundings.
         bound = 1e-6 * max(1.0, y.max().item()) * 4
         assert (x.double() - y).abs().max().item() <= bound, name
+
+
+WINDOW = {"last_q": 20, "num_distances": 70, "softmax_scale": 0.3, "q_offset": 30}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "max"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_scores_in_plain_torch(monkeypatch, reduction, causal):
+    """What devices without the native operator run."""
+    q, k = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 70, 16)
+    native = estimators.window_scores(q, k, causal=causal, reduction=reduction, **WINDOW)
+    monkeypatch.setattr(estimators, "native_inputs", lambda q, k: False)
+    plain = estimators.window_scores(q, k, causal=causal, reduction=reduction, **WINDOW)
+    for x, y in zip(native, plain, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_nan_row_never_becomes_a_maximum(monkeypatch, native):
+    if not native:
+        monkeypatch.setattr(estimators, "native_inputs", lambda q, k: False)
+    q, k = torch.randn(1, 1, 40, 16), torch.randn(1, 1, 70, 16)
+    clean, _ = estimators.window_scores(q, k, causal=False, reduction="max", **WINDOW)
+    q[..., 35, :] = torch.nan
+    columns, _ = estimators.window_scores(q, k, causal=False, reduction="max", **WINDOW)
+    assert (columns > 0).all() and (columns <= clean).all()
+
+
+def test_scores_past_the_kept_keys_are_computed_again():
+    # The last 44 keys lie past the 2^17 whose probabilities are kept.
+    q, k = torch.randn(1, 1, 5, 8), torch.randn(1, 1, (1 << 17) + 44, 8)
+    arguments = {
+        "last_q": 5,
+        "num_distances": 100,
+        "softmax_scale": 0.5,
+        "q_offset": k.shape[2] - 5,
+        "causal": True,
+    }
+    found = estimators.window_scores(q, k, **arguments)
+    for x, y in zip(found, plain_window_scores(q, k, **arguments), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-9)
+
+
+def test_window_scores_name_their_reductions():
+    q = torch.randn(1, 1, 40, 16)
+    with pytest.raises(ValueError, match=r"sparse_attn\.window_scores: reduction='min' is unknown"):
+        estimators.window_scores(q, q, causal=True, reduction="min", **WINDOW)
 
 
 def test_window_scores_do_not_depend_on_threads():
@@ -162,6 +221,15 @@ def test_top_k_equals_the_mask():
         assert torch.equal(marked, top_k_mask(scores, k))
 
 
+def lists_of(slashes, **options):
+    """`ops.vertical_slash_lists` of 20 rows."""
+    verticals = torch.zeros(slashes.shape[0], 1, dtype=torch.int32)
+    shape = {"seqlen_q": 20, "seqlen_k": 20, "q_offset": 0, "block_m": 16, "block_n": 16}
+    return ops.vertical_slash_lists(
+        verticals, slashes.bool(), **{**shape, "causal": True, "exact": False, **options}
+    )
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -189,9 +257,14 @@ def test_top_k_equals_the_mask():
                 causal=True,
                 block_m=16,
                 block_n=16,
+                chunk=16,
+                exact=False,
             ),
             "slashes is not",
         ),
+        (lambda: lists_of(torch.zeros(2, 3), chunk=24), "chunk=24 is not a multiple of 16"),
+        (lambda: lists_of(torch.zeros(3, 3), chunk=16), "3 selections do not divide into 2"),
+        (lambda: lists_of(torch.zeros(2, 3), chunk=16, block_n=0), "out of range"),
     ],
 )
 def test_wrong_arguments_raise(call, message):
@@ -204,23 +277,27 @@ def test_opcheck():
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.sparse_attn.window_scores.default,
-        (q, k, 20, 70, 30, True, 0.25),
+        (q, k, 20, 70, 30, True, 0.25, False),
         test_utils=checks,
     )
     torch.library.opcheck(
         torch.ops.sparse_attn.top_k.default, (torch.rand(3, 20), 7), test_utils=checks
     )
-    torch.library.opcheck(
-        torch.ops.sparse_attn.vertical_slash_lists.default,
-        (
-            torch.tensor([[1, 5]], dtype=torch.int32),
-            torch.rand(1, 70) < 0.1,
-            40,
-            70,
-            30,
-            True,
-            16,
-            16,
-        ),
-        test_utils=checks,
-    )
+    for chunk, exact in ((48, False), (16, False), (48, True), (16, True)):
+        selections = -(-40 // chunk)
+        torch.library.opcheck(
+            torch.ops.sparse_attn.vertical_slash_lists.default,
+            (
+                torch.tensor([[1, 5]] * selections, dtype=torch.int32),
+                torch.rand(selections, 70) < 0.1,
+                40,
+                70,
+                30,
+                True,
+                16,
+                16,
+                chunk,
+                exact,
+            ),
+            test_utils=checks,
+        )

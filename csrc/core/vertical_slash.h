@@ -122,4 +122,115 @@ inline void append_tile(const SlashLayout& layout, const SlashShape& shape,
   }
 }
 
+// The same at element level: row p sees key j only if j is a vertical or p - j a chosen distance.
+// Blocks carry row-validity bits, which on the u axis do not depend on the tile either: row r sees
+// u iff the distance origin - u + r is chosen.
+struct ExactLayout {
+  int64_t origin = 0;
+  std::vector<int32_t> next;  // first covered u at or after each u; its size if none
+  std::vector<uint64_t>
+      bits;  // distance s is bit s + lead; as causality hides s < 0, those are set
+  int64_t lead = 0;
+};
+
+inline ExactLayout exact_layout(const bool* slashes, int64_t distances, const SlashShape& shape) {
+  ExactLayout layout;
+  distances = std::min(distances, std::max<int64_t>(1, shape.seqlen_q + shape.q_offset));
+  layout.origin = std::max<int64_t>(distances, 1) - 1;
+  const auto length = static_cast<int32_t>(layout.origin + shape.block_m);
+  std::vector<uint8_t> covered(length, 0);
+  layout.lead = shape.block_m + shape.block_n;
+  layout.bits.assign((distances + layout.lead + shape.block_m) / 64 + 2, 0);
+  const auto set = [&](int64_t bit) { layout.bits[bit / 64] |= uint64_t{1} << (bit % 64); };
+  for (int64_t bit = 0; shape.causal && bit < layout.lead; ++bit) set(bit);
+  int64_t covered_to = 0;
+  for (int64_t s = distances - 1; s >= 0; --s) {
+    if (!slashes[s]) continue;
+    set(s + layout.lead);
+    const int64_t begin = layout.origin - s;
+    for (int64_t u = std::max(begin, covered_to); u < begin + shape.block_m; ++u) covered[u] = 1;
+    covered_to = begin + shape.block_m;
+  }
+  layout.next.assign(length + 1, length);
+  for (int32_t u = length - 1; u >= 0; --u) layout.next[u] = covered[u] ? u : layout.next[u + 1];
+  return layout;
+}
+
+// A band of tiles' lists. Masks are [count][block_n][words]; equal ones of a band are shared.
+struct ExactLists {
+  std::vector<int32_t> blocks, block_masks, columns;
+  std::vector<uint64_t> masks;
+  std::vector<int32_t> mask_at;  // by the u of a block's first key: its mask, kUnknown if not made
+  static constexpr int32_t kUnknown = -2;
+
+  explicit ExactLists(const ExactLayout& layout) : mask_at(layout.next.size(), kUnknown) {}
+};
+
+namespace detail {
+
+// Appends the mask of the block that begins at u = first, whose keys in [vertical, end) are seen
+// by all rows; returns its number, or -1 if every row sees every key.
+inline int32_t append_mask(const ExactLayout& layout, const SlashShape& shape, int64_t first,
+                           int64_t first_key, const int32_t* vertical, const int32_t* end,
+                           std::vector<uint64_t>& masks) {
+  const int64_t words = (shape.block_m + 63) / 64;
+  const auto number = static_cast<int32_t>(masks.size() / (words * shape.block_n));
+  bool all = true;
+  for (int64_t key = 0; key < shape.block_n; ++key) {
+    const bool is_vertical = vertical != end && *vertical == first_key + key;
+    if (is_vertical) ++vertical;
+    for (int64_t word = 0; word < words; ++word) {
+      const int64_t rows = std::min<int64_t>(shape.block_m - word * 64, 64);
+      const uint64_t every = rows == 64 ? ~uint64_t{0} : (uint64_t{1} << rows) - 1;
+      uint64_t seen = every;
+      if (!is_vertical) {
+        const int64_t bit = layout.origin - first - key + word * 64 + layout.lead;
+        seen = layout.bits[bit / 64] >> (bit % 64);
+        if (bit % 64 != 0) seen |= layout.bits[bit / 64 + 1] << (64 - bit % 64);
+        seen &= every;
+      }
+      all = all && seen == every;
+      masks.push_back(seen);
+    }
+  }
+  if (!all) return number;
+  masks.resize(number * words * shape.block_n);
+  return -1;
+}
+
+}  // namespace detail
+
+// As append_tile, at element level: verticals inside a block are bits of it.
+inline void append_exact_tile(const ExactLayout& layout, const SlashShape& shape,
+                              const int32_t* verticals, int64_t num_verticals, int64_t tile,
+                              ExactLists& to) {
+  const int64_t first = tile * shape.block_m + shape.q_offset;
+  int64_t limit = shape.seqlen_k - 1;
+  if (shape.causal)
+    limit = std::min({first + shape.block_m - 1, shape.seqlen_q - 1 + shape.q_offset, limit});
+  const int64_t shift = first - layout.origin;  // key = u + shift
+  const auto length = static_cast<int64_t>(layout.next.size()) - 1;
+  const int32_t* vertical = std::lower_bound(verticals, verticals + num_verticals, 0);
+  const int32_t* last_vertical =
+      std::upper_bound(vertical, verticals + num_verticals, std::max<int64_t>(limit, -1));
+  int64_t u = std::max<int64_t>(-shift, 0);
+  while (true) {
+    u = u < length ? layout.next[u] : length;
+    const int64_t key = u < length && u + shift <= limit ? u + shift : INT64_MAX;
+    for (; vertical != last_vertical && *vertical < key; ++vertical)
+      to.columns.push_back(*vertical);
+    if (key == INT64_MAX) break;
+    const int32_t* inside = vertical;
+    while (vertical != last_vertical && *vertical < key + shape.block_n) ++vertical;
+    int32_t mask = inside == vertical ? to.mask_at[u] : ExactLists::kUnknown;
+    if (mask == ExactLists::kUnknown) {
+      mask = detail::append_mask(layout, shape, u, key, inside, vertical, to.masks);
+      if (inside == vertical) to.mask_at[u] = mask;
+    }
+    to.blocks.push_back(static_cast<int32_t>(key));
+    to.block_masks.push_back(mask);
+    u += shape.block_n;
+  }
+}
+
 }  // namespace sparse_attn

@@ -76,10 +76,14 @@ struct Kernels {
   void (*dim_finish)(Tile&);
   // scores[key][row] = q . k of a tile that row_begin has set up; nothing scaled, nothing masked.
   void (*row_score)(Tile&, const KeyChunk&);
-  // Probabilities of a window of rows: statistics in a first pass, sums in a second.
+  // Probabilities of a window of rows: of a chunk relative to the running maxima, what makes them
+  // final, and their reduction (window_tile.h).
   void (*window_attend)(Tile&, const KeyChunk&);
-  void (*window_sum)(Tile&, const KeyChunk&, int64_t first_position, float* columns,
-                     float* diagonals, int64_t distances);
+  void (*window_factors)(const float* top, const float* row_max, const float* row_sum,
+                         float* factor);
+  void (*window_reduce)(const float* probs, const float* factor, int rows, const KeyChunk&,
+                        int64_t first_position, bool maximum, float* columns, float* diagonals,
+                        int64_t distances);
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&);
   void (*backward_finish)(BackwardTile&);

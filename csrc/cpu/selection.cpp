@@ -17,17 +17,29 @@ namespace {
 struct Workspace {
   Tile tile;
   KeyChunk chunk;
+  alignas(64) float factor[kTileRows];
 };
+
+// Keys whose probabilities are kept from the first pass to the second, which spares those the
+// second product: 32 MiB at most. Past them the scores are computed again.
+constexpr int64_t kKeptKeys = int64_t{1} << 17;
 
 // One head's window, a tile of at most kTileRows rows at a time.
 void window_head(const AttentionParams& p, const Kernels& kernels, const Sequence& window,
-                 int64_t head, float* columns, float* diagonals, int64_t distances) {
+                 int64_t head, const WindowOutput& to) {
   const int64_t width = element_size(p.dtype);
   const int64_t head_kv = head / (p.num_heads / p.num_heads_kv);
   const char* k = row_pointer(p.k, window.batch, head_kv, 0, width);
-  std::vector<float> padded(distances + 2 * kTileRows);  // rows near the ends write past them
+  // Rows near the ends write past their distances.
+  std::vector<float> padded(to.distances + 2 * kTileRows);
+  float* diagonals = padded.data() + kTileRows;
+  const int64_t most = (std::min(kKeptKeys, window.k_len) + kChunkKeys - 1) / kChunkKeys;
+  // Uninitialised: zeros would be written once for nothing.
+  const std::unique_ptr<float[]> kept(new float[most * kChunkKeys * kTileRows]);
+  std::vector<float> tops(most * kTileRows);
   const auto space = std::make_unique<Workspace>();
   Tile& tile = space->tile;
+  KeyChunk& chunk = space->chunk;
   tile.dtype = p.dtype;
   tile.head_dim = p.head_dim;
   tile.head_dim_v = 0;
@@ -42,13 +54,28 @@ void window_head(const AttentionParams& p, const Kernels& kernels, const Sequenc
       tile.q_rows[r] = row_pointer(p.q, window.batch, head, window.q_start + row + r, width);
     kernels.row_begin(tile);
     KeyStream first(p, window, shape, 0, 0, k, k);
-    while (first.next(space->chunk)) kernels.window_attend(tile, space->chunk);
+    for (int64_t i = 0; first.next(chunk); ++i) {
+      kernels.window_attend(tile, chunk);
+      if (i >= most) continue;
+      std::memcpy(kept.get() + i * kChunkKeys * kTileRows, tile.scores,
+                  chunk.count * kTileRows * sizeof(float));
+      std::memcpy(tops.data() + i * kTileRows, tile.row_max, sizeof(tile.row_max));
+    }
+    float row_sum[kTileRows];
+    std::memcpy(row_sum, tile.row_sum, sizeof(row_sum));
+    std::fill(row_sum + tile.rows, row_sum + kTileRows, INFINITY);  // rows that do not exist
     KeyStream second(p, window, shape, 0, 0, k, k);
-    while (second.next(space->chunk))
-      kernels.window_sum(tile, space->chunk, window.q_offset + row, columns,
-                         padded.data() + kTileRows, distances);
+    for (int64_t i = 0; second.next(chunk); ++i) {
+      const bool again = i >= most;  // the maxima are final by now, and stay
+      if (again) kernels.window_attend(tile, chunk);
+      const float* top = again ? tile.row_max : tops.data() + i * kTileRows;
+      const float* probs = again ? tile.scores : kept.get() + i * kChunkKeys * kTileRows;
+      kernels.window_factors(top, tile.row_max, row_sum, space->factor);
+      kernels.window_reduce(probs, space->factor, tile.rows, chunk, window.q_offset + row,
+                            to.maximum, to.columns, diagonals, to.distances);
+    }
   }
-  std::copy_n(padded.data() + kTileRows, distances, diagonals);
+  std::copy_n(diagonals, to.distances, to.diagonals);
 }
 
 // Orders as a float does, in unsigned integers; greater is better. A NaN counts as -inf.
@@ -62,16 +89,18 @@ uint32_t rank_of(float score) {
 
 }  // namespace
 
-void window_scores(const AttentionParams& p, int64_t rows, int64_t q_offset, float* columns,
-                   float* diagonals, int64_t distances, const Executor& executor) {
+void window_scores(const AttentionParams& p, int64_t rows, int64_t q_offset, const WindowOutput& to,
+                   const Executor& executor) {
   const Kernels& table = kernels();
   const int64_t batch = p.num_sequences;
-  std::fill_n(columns, batch * p.num_heads * p.seqlen_k, 0.0f);
+  std::fill_n(to.columns, batch * p.num_heads * p.seqlen_k, 0.0f);
   deal(executor, batch * p.num_heads, [&](int64_t i) {
     const int64_t skipped = p.seqlen_q - rows;
     const Sequence window{i / p.num_heads, skipped, rows, 0, p.seqlen_k, q_offset + skipped};
-    window_head(p, table, window, i % p.num_heads, columns + i * p.seqlen_k,
-                diagonals + i * distances, distances);
+    WindowOutput head = to;
+    head.columns += i * p.seqlen_k;
+    head.diagonals += i * to.distances;
+    window_head(p, table, window, i % p.num_heads, head);
     return true;
   });
 }

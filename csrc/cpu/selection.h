@@ -8,11 +8,18 @@
 
 namespace sparse_attn::cpu {
 
-// Column and diagonal sums of the probabilities of the last `rows` query rows. params: q, k and
-// the numbers of one dense call (v and out unused); columns [batch, num_heads, seqlen_k] and
-// diagonals [batch, num_heads, distances] are written.
-void window_scores(const AttentionParams& params, int64_t rows, int64_t q_offset, float* columns,
-                   float* diagonals, int64_t distances, const Executor& executor);
+// Where window_scores writes.
+struct WindowOutput {
+  float* columns;    // [batch, num_heads, seqlen_k]
+  float* diagonals;  // [batch, num_heads, distances]
+  int64_t distances;
+  bool maximum;  // over the rows; else the sum
+};
+
+// Sums or maxima of the probabilities of the last `rows` query rows, over every key column and
+// along every diagonal. params: q, k and the numbers of one dense call (v and out unused).
+void window_scores(const AttentionParams& params, int64_t rows, int64_t q_offset,
+                   const WindowOutput& to, const Executor& executor);
 
 // Indices of the k best of every row of scores [rows, n], ascending: indices [rows, k], k <= n.
 // Score descending, then index ascending; a NaN counts as -inf.

@@ -20,10 +20,11 @@ def window_scores(
     q_offset: int,
     causal: bool,
     softmax_scale: float,
+    maximum: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`selection.window_scores` on CPU tensors."""
+    """`selection.window_scores` on CPU tensors: sums, or maxima."""
     columns, diagonals = OPS.window_scores(
-        q, k, last_q, num_distances, q_offset, causal, softmax_scale
+        q, k, last_q, num_distances, q_offset, causal, softmax_scale, maximum
     )
     return columns, diagonals
 
@@ -44,12 +45,17 @@ def vertical_slash_lists(
     causal: bool,
     block_m: int,
     block_n: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`patterns.slash_lists.slash_lists` on CPU tensors: its four tensors, in their order."""
-    block_counts, block_indices, column_counts, column_indices = OPS.vertical_slash_lists(
-        verticals, slashes, seqlen_q, seqlen_k, q_offset, causal, block_m, block_n
+    chunk: int,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`patterns.slash_lists.slash_lists` on CPU tensors: its tensors, in their order.
+
+    Without `exact` the last two are empty.
+    """
+    lists: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = OPS.vertical_slash_lists(
+        verticals, slashes, seqlen_q, seqlen_k, q_offset, causal, block_m, block_n, chunk, exact
     )
-    return block_counts, block_indices, column_counts, column_indices
+    return lists
 
 
 @torch.library.register_fake("sparse_attn::window_scores")  # type: ignore[untyped-decorator]
@@ -75,13 +81,20 @@ def _vertical_slash_lists_fake(
     causal: bool,
     block_m: int,
     block_n: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = (verticals.shape[0], (seqlen_q + block_m - 1) // block_m)
+    chunk: int,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chunks = max(1, (seqlen_q + chunk - 1) // chunk)
+    counts = (verticals.shape[0] // chunks, (seqlen_q + block_m - 1) // block_m)
     context = torch.library.get_ctx()
     blocks, columns = context.new_dynamic_size(), context.new_dynamic_size()
+    masks = context.new_dynamic_size() if exact else 0
+    words = (block_m + 63) // 64
     return (
         verticals.new_empty(counts, dtype=torch.int64),
         verticals.new_empty(blocks),
         verticals.new_empty(counts, dtype=torch.int64),
         verticals.new_empty(columns),
+        verticals.new_empty(blocks if exact else 0),
+        verticals.new_empty((masks, block_n, words), dtype=torch.int64),
     )

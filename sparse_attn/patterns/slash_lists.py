@@ -15,6 +15,7 @@ no buffer has seqlen_q x seqlen_k elements.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,17 @@ class SlashLists:
         block_indices: int32 [sum of counts], first keys; ascending and disjoint in a tile.
         column_counts: int64 [heads, tiles].
         column_indices: int32 [sum of counts], keys; ascending in a tile, outside its blocks.
+        block_bits_ids: int32 [sum of counts], each block's row of `block_bits`, -1 for a block that
+            every row sees whole; None if all are.
+        block_bits: int64 [masks, block_n, ceil(block_m / 64)], see `SparseIndex`; or None.
     """
 
     block_counts: Tensor
     block_indices: Tensor
     column_counts: Tensor
     column_indices: Tensor
+    block_bits_ids: Tensor | None = None
+    block_bits: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ def slash_lists(
     causal: bool,
     block_m: int,
     block_n: int,
+    chunk: int | None = None,
+    exact: bool = False,
 ) -> SlashLists:
     """Lists that cover every vertical and every slash of every tile, and no key twice.
 
@@ -86,15 +94,21 @@ def slash_lists(
       least block_n / 4 of its covered keys remain, and columns if not.
     * Every vertical outside the blocks becomes a column. None is lost, wherever the slashes are.
 
+    With `exact`, every covered key is in a block, whose bits say which rows it is for.
+
     Args:
-        verticals: int [heads, count], ascending key positions; entries >= seqlen_k are ignored.
-        slashes: bool [heads, distances]; entry s says that distance s is chosen.
+        verticals: int [heads * chunks, count], ascending key positions; entries >= seqlen_k are
+            ignored.
+        slashes: bool [heads * chunks, distances]; entry s says that distance s is chosen.
         seqlen_q: query rows.
         seqlen_k: keys.
         q_offset: position of row 0 on the key axis.
         causal: drop what lies past the last row of a tile.
         block_m: rows of a tile (any number here).
         block_n: keys of a block (any number here).
+        chunk: rows that a selection serves, a multiple of block_m: chunks are
+            ceil(seqlen_q / chunk), at least 1. None: all rows.
+        exact: a row sees its verticals and slashes only, and nothing of its neighbours'.
 
     Returns:
         The lists.
@@ -104,29 +118,77 @@ def slash_lists(
         arXiv:2407.02490), whose serial conversion loses verticals past the last slash and reads
         out of bounds where all slashes lie past a row block.
     """
-    if slashes.device.type == "cpu":
-        return SlashLists(
-            *ops.vertical_slash_lists(
-                verticals.int().contiguous(),
-                slashes.contiguous(),
-                seqlen_q=seqlen_q,
-                seqlen_k=seqlen_k,
-                q_offset=q_offset,
-                causal=causal,
-                block_m=block_m,
-                block_n=block_n,
+    options: dict[str, Any] = {
+        "seqlen_k": seqlen_k,
+        "causal": causal,
+        "block_m": block_m,
+        "block_n": block_n,
+    }
+    if slashes.device.type != "cpu" and not exact:
+        if chunk is None:
+            return slash_lists_torch(
+                verticals, slashes, seqlen_q=seqlen_q, q_offset=q_offset, **options
             )
+        return _chunks_torch(
+            verticals, slashes, seqlen_q=seqlen_q, q_offset=q_offset, chunk=chunk, **options
         )
-    return slash_lists_torch(
-        verticals,
-        slashes,
+    # Bits are packed on the CPU whatever the device; the lists go back to it.
+    rounded = max(block_m, -(-seqlen_q // block_m) * block_m)
+    lists = ops.vertical_slash_lists(
+        verticals.cpu().int().contiguous(),
+        slashes.cpu().contiguous(),
         seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
         q_offset=q_offset,
-        causal=causal,
-        block_m=block_m,
-        block_n=block_n,
+        chunk=rounded if chunk is None else chunk,
+        exact=exact,
+        **options,
     )
+    return SlashLists(*(x.to(slashes.device) for x in lists[: 6 if exact else 4]))
+
+
+def _chunks_torch(
+    verticals: Tensor,
+    slashes: Tensor,
+    *,
+    seqlen_q: int,
+    q_offset: int,
+    chunk: int,
+    **options: Any,
+) -> SlashLists:
+    """`slash_lists_torch` chunk by chunk, the lists of a head put side by side."""
+    starts = range(0, max(seqlen_q, 1), chunk)
+    parts = [
+        slash_lists_torch(
+            verticals[c :: len(starts)],
+            slashes[c :: len(starts)],
+            seqlen_q=min(chunk, seqlen_q - start),
+            q_offset=q_offset + start,
+            **options,
+        )
+        for c, start in enumerate(starts)
+    ]
+    block_counts, block_indices = _side_by_side(
+        [part.block_counts for part in parts], [part.block_indices for part in parts]
+    )
+    column_counts, column_indices = _side_by_side(
+        [part.column_counts for part in parts], [part.column_indices for part in parts]
+    )
+    return SlashLists(block_counts, block_indices, column_counts, column_indices)
+
+
+def _side_by_side(counts: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Joins lists [heads, tiles] of several parts along their tiles, heads staying in order."""
+    joined = torch.cat(counts, 1)
+    ends = joined.flatten().cumsum(0).view(joined.shape)
+    out = values[0].new_empty(sum(part.shape[0] for part in values))
+    tile = 0
+    for count, value in zip(counts, values, strict=True):
+        own = count.flatten()
+        first = (ends - joined)[:, tile : tile + count.shape[1]].flatten()
+        shift = torch.repeat_interleave(first - (own.cumsum(0) - own), own)
+        out[shift + torch.arange(value.shape[0], device=value.device)] = value
+        tile += count.shape[1]
+    return joined, out
 
 
 def slash_lists_torch(
@@ -140,7 +202,7 @@ def slash_lists_torch(
     block_m: int,
     block_n: int,
 ) -> SlashLists:
-    """`slash_lists` in plain torch, for devices without a native operator."""
+    """`slash_lists` of one chunk in plain torch, for devices without a native operator."""
     heads, tiles = verticals.shape[0], -(-seqlen_q // block_m)
     device = slashes.device
     first = torch.arange(tiles, device=device, dtype=torch.int32) * block_m + q_offset

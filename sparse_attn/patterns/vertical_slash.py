@@ -23,6 +23,7 @@ from sparse_attn.patterns.base import (
 from sparse_attn.patterns.slash_lists import slash_lists
 from sparse_attn.selection import top_k_indices, top_k_mask, window_scores
 
+_BLOCK = 64  # rows of a tile and keys of a block
 _MIN_SLASH = 50  # the original's least number of diagonals, whatever the budget
 
 
@@ -34,18 +35,26 @@ class VerticalSlash(Pattern):
     causal unless attention is not), p the position of a row:
 
         columns[j]   = sum over rows of A[row, j]          j in [0, seqlen_k)
-        diagonals[s] = sum over rows of A[row, p - s]      s in [0, seqlen_k)
+        diagonals[s] = sum over rows of A[row, p - s]      s in [0, D)
 
-    where the first `sink` columns and the first `local` diagonals count as +inf. V is the best
-    min(seqlen_k, max(vertical, sink)) columns, S the best min(seqlen_k, max(slash, 50)) diagonals;
-    score descending, then index ascending. Row p then sees key j if j is in V or p - j in S.
+    where D = max(seqlen_k, q_offset + seqlen_q) distances exist, and the first `sink` columns and
+    the first `local` diagonals count as +inf. V is the best min(seqlen_k, max(vertical, sink))
+    columns, S the best min(D, max(slash, 50)) diagonals; score descending, then index ascending.
+    Row p then sees key j if j is in V or p - j in S.
 
     The index covers at least that: keys beside a slash that other rows of the tile need are
     visible to the whole tile, and a run of neighbouring slashes may be rounded up to a block (see
-    `vertical_slash_index`). No vertical is ever dropped.
+    `vertical_slash_index`). No vertical is ever dropped. With `exact` a row sees no other key than
+    its own, at the same cost of attention, or more where a slash stands alone.
 
     Where `slash` < `local` all candidates are forced, and the tie-break decides: the nearest
     max(slash, 50) diagonals.
+
+    With `chunk`, every `chunk` rows choose for themselves: the last `last_q` rows of a chunk look
+    at the keys up to the chunk's end (at all, where attention is not causal), and their choice
+    serves that chunk. One call then equals a prefill in chunks of that many rows, each a call of
+    its own with the keys so far; without `chunk` the two differ, as the last rows of the prompt
+    choose for all. docs/chunked_prefill.md says which patterns need no such care.
 
     Attributes:
         vertical: budget of columns.
@@ -53,17 +62,20 @@ class VerticalSlash(Pattern):
         last_q: rows of the observation window.
         sink: forced first columns.
         local: forced nearest diagonals, the row's own included.
+        chunk: rows that choose together, in tokens, a multiple of 64; None: all.
+        exact: element level, with row-validity bits for partly visible blocks.
 
     Raises:
-        TypeError: a number is not an int.
-        ValueError: a number is too small.
+        TypeError: a number is not an int, or `exact` no bool.
+        ValueError: a number is too small, or `chunk` is not a multiple of 64.
 
     Example:
-        >>> VerticalSlash(vertical=500, slash=700)
-        VerticalSlash(vertical=500, slash=700, last_q=64, sink=30, local=100)
+        >>> VerticalSlash(vertical=500, slash=700).last_q
+        64
 
     Source:
-        MInference (Jiang et al. 2024, arXiv:2407.02490), vertical-slash head, algorithm 2.
+        MInference (Jiang et al. 2024, arXiv:2407.02490), vertical-slash head, algorithm 2; with
+        `chunk`, Qwen2.5-1M (Yang et al. 2025, arXiv:2501.15383), section 5.2.
     """
 
     vertical: int = 1000
@@ -71,6 +83,8 @@ class VerticalSlash(Pattern):
     last_q: int = 64
     sink: int = 30
     local: int = 100
+    chunk: int | None = None
+    exact: bool = False
     data_dependent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -79,6 +93,18 @@ class VerticalSlash(Pattern):
         check_int("VerticalSlash", "last_q", self.last_q, 1)
         check_int("VerticalSlash", "sink", self.sink, 0)
         check_int("VerticalSlash", "local", self.local, 0)
+        if self.chunk is not None:
+            check_int("VerticalSlash", "chunk", self.chunk, _BLOCK)
+            if self.chunk % _BLOCK != 0:
+                raise ValueError(
+                    f"sparse_attn.VerticalSlash: chunk={self.chunk} is not a multiple of {_BLOCK}, "
+                    "the rows of a tile; pass for instance 32768."
+                )
+        if not isinstance(self.exact, bool):
+            raise TypeError(
+                f"sparse_attn.VerticalSlash: exact={self.exact!r} is a "
+                f"{type(self.exact).__name__}; pass a bool."
+            )
 
     def build(
         self,
@@ -93,16 +119,18 @@ class VerticalSlash(Pattern):
         verticals, slashes = self._select(q, k, causal, softmax_scale, q_offset)
         batch, heads = q.shape[:2]
         return _index(
-            verticals.flatten(0, 1),
-            slashes.flatten(0, 1),
+            verticals.flatten(0, 2),
+            slashes.flatten(0, 2),
             batch=batch,
             heads=heads,
             seqlen_q=q.shape[2],
             seqlen_k=k.shape[2],
             q_offset=offset_or_default(q, k, q_offset),
             causal=causal,
-            block_m=64,
-            block_n=64,
+            block_m=_BLOCK,
+            block_n=_BLOCK,
+            chunk=self.chunk,
+            exact=self.exact,
         )
 
     def select(
@@ -118,11 +146,19 @@ class VerticalSlash(Pattern):
 
         Returns:
             (verticals int32 [batch, num_heads, v], slashes int32 [batch, num_heads, s]), ascending.
+            With `chunk`, [batch, num_heads, chunks, v or s], where -1 stands behind the entries of
+            chunks that have fewer.
         """
         verticals, slashes = self._select(q, k, causal, softmax_scale, q_offset)
-        # As a score, the mask has exactly as many ones as there are slashes to list.
-        count = min(k.shape[2], max(self.slash, _MIN_SLASH))
-        return verticals, top_k_indices(slashes.float(), count)
+        # As a score, the mask lists its ones first, then places that are not marked.
+        count = min(slashes.shape[-1], max(self.slash, _MIN_SLASH))
+        chosen = top_k_indices(slashes.float(), count)
+        if self.chunk is None:
+            return verticals.squeeze(2), chosen.squeeze(2)
+        marked = slashes.gather(-1, chosen.long())
+        order = chosen.masked_fill(~marked, slashes.shape[-1]).sort(-1).values
+        chosen = order.masked_fill(order == slashes.shape[-1], -1)
+        return verticals.masked_fill(verticals == k.shape[2], -1), chosen
 
     def _select(
         self,
@@ -132,21 +168,45 @@ class VerticalSlash(Pattern):
         softmax_scale: float | None,
         q_offset: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """(verticals int32 [batch, heads, v] ascending, slashes bool [batch, heads, seqlen_k])."""
+        """The choice of every chunk.
+
+        Returns:
+            Verticals int32 [batch, heads, chunks, v], ascending, seqlen_k for no entry; slashes
+            bool [batch, heads, chunks, distances].
+        """
         check_qk("VerticalSlash", q, k)
-        columns, diagonals = window_scores(
-            q,
-            k,
-            last_q=self.last_q,
-            num_distances=k.shape[2],
-            softmax_scale=scale_or_default(q, softmax_scale),
-            q_offset=offset_or_default(q, k, q_offset),
-            causal=causal,
-        )
-        columns[..., : self.sink] = torch.inf
-        diagonals[..., : self.local] = torch.inf
-        verticals = top_k_indices(columns, max(self.vertical, self.sink))
-        return verticals, top_k_mask(diagonals, max(self.slash, _MIN_SLASH))
+        seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+        offset = offset_or_default(q, k, q_offset)
+        chunk = max(1, seqlen_q) if self.chunk is None else self.chunk
+        verticals, slashes = [], []
+        for start in range(0, max(1, seqlen_q), chunk):
+            end = min(start + chunk, seqlen_q)
+            keys = seqlen_k
+            if self.chunk is not None and causal:
+                keys = max(0, min(seqlen_k, end + offset))
+            columns, diagonals = window_scores(
+                q[:, :, start:end],
+                k[:, :, :keys],
+                last_q=self.last_q,
+                num_distances=max(keys, end + offset),
+                softmax_scale=scale_or_default(q, softmax_scale),
+                q_offset=offset + start,
+                causal=causal,
+            )
+            columns[..., : self.sink] = torch.inf
+            diagonals[..., : self.local] = torch.inf
+            verticals.append(top_k_indices(columns, max(self.vertical, self.sink)))
+            slashes.append(top_k_mask(diagonals, max(self.slash, _MIN_SLASH)))
+        return _stack(verticals, seqlen_k), _stack(slashes, False)
+
+
+def _stack(parts: list[Tensor], fill: int | bool) -> Tensor:
+    """[batch, heads, parts, longest] of tensors [batch, heads, length]."""
+    if len(parts) == 1:
+        return parts[0].unsqueeze(2)
+    longest = max(part.shape[-1] for part in parts)
+    padded = [F.pad(part, (0, longest - part.shape[-1]), value=fill) for part in parts]
+    return torch.stack(padded, 2)
 
 
 def vertical_slash_index(
@@ -159,6 +219,7 @@ def vertical_slash_index(
     causal: bool = True,
     block_m: int = 64,
     block_n: int = 64,
+    exact: bool = False,
 ) -> SparseIndex:
     """An index that covers chosen columns and diagonals.
 
@@ -167,7 +228,9 @@ def vertical_slash_index(
     block_n, with a short rest (under block_n / 4 keys) as columns and a longer one as a block that
     runs on past it. Every vertical outside those blocks is a column. So a row sees all keys it
     should; more only where another row of the tile, or another key of the block, needs them; and
-    no key twice.
+    no key twice. With `exact` it sees no more at all: every covered key is in a block, and blocks
+    that not every row sees whole carry row-validity bits. Tiles share equal ones; a block with a
+    vertical in it has its own, 8 bytes a key and 64 rows.
 
     Args:
         vertical_indices: int [batch, heads, count], key columns in any order, -1 for no entry.
@@ -179,6 +242,7 @@ def vertical_slash_index(
         causal: leave out keys past a tile's last row.
         block_m: rows of a tile, 1 or a multiple of 16.
         block_n: keys of a block, a multiple of 8.
+        exact: row p sees key j only if j is a vertical or p - j a slash.
 
     Returns:
         An index with the batch and heads of the arguments.
@@ -218,6 +282,7 @@ def vertical_slash_index(
         causal=causal,
         block_m=block_m,
         block_n=block_n,
+        exact=exact,
     )
 
 
@@ -233,6 +298,8 @@ def _index(
     causal: bool,
     block_m: int,
     block_n: int,
+    chunk: int | None = None,
+    exact: bool = False,
 ) -> SparseIndex:
     """From what `slash_lists` takes (heads are batch * heads there) to an index."""
     lists = slash_lists(
@@ -244,6 +311,8 @@ def _index(
         causal=causal,
         block_m=block_m,
         block_n=block_n,
+        chunk=chunk,
+        exact=exact,
     )
     return SparseIndex.from_lists(
         seqlen_q=seqlen_q,
@@ -254,6 +323,8 @@ def _index(
         block_indices=lists.block_indices,
         column_indptr=indptr_from_counts(lists.column_counts.view(batch, heads, -1)),
         column_indices=lists.column_indices,
+        block_bits_ids=lists.block_bits_ids,
+        block_bits=lists.block_bits,
     )
 
 

@@ -8,6 +8,7 @@ its inputs are. Scores are float32; ties are broken by score descending, then in
 from sparse_attn.selection.estimators import (
     bands,
     column_sums,
+    diagonal_maxima,
     diagonal_sums,
     mean_pool,
     pooled_scores,
@@ -19,6 +20,7 @@ from sparse_attn.selection.selectors import threshold_mask, top_k_indices, top_k
 __all__ = [
     "bands",
     "column_sums",
+    "diagonal_maxima",
     "diagonal_sums",
     "mean_pool",
     "pooled_scores",

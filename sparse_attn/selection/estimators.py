@@ -2,7 +2,7 @@
 """Estimators: cheap scores that stand for attention probabilities.
 
 Two families so far: block means (one score for a tile of queries and a block of keys), and an
-observation window (exact probabilities of the last few query rows, summed along key columns and
+observation window (exact probabilities of the last few query rows, reduced along key columns and
 along diagonals). Both are float32 whatever the input dtype, and never hold seqlen_q x seqlen_k
 values.
 """
@@ -10,6 +10,7 @@ values.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +148,15 @@ def diagonal_sums(probs: Tensor, *, q_offset: int, num_distances: int) -> Tensor
     Returns:
         float32 [..., num_distances]; entry s belongs to distance s.
     """
+    return _along_diagonals(probs, q_offset, num_distances, maximum=False)
+
+
+def diagonal_maxima(probs: Tensor, *, q_offset: int, num_distances: int) -> Tensor:
+    """As `diagonal_sums`, the largest entry of every diagonal; the entries must not be negative."""
+    return _along_diagonals(probs, q_offset, num_distances, maximum=True)
+
+
+def _along_diagonals(probs: Tensor, q_offset: int, num_distances: int, *, maximum: bool) -> Tensor:
     rows, seqlen_k = probs.shape[-2:]
     if rows == 0:
         return probs.new_zeros(*probs.shape[:-2], num_distances)
@@ -159,7 +169,8 @@ def diagonal_sums(probs: Tensor, *, q_offset: int, num_distances: int) -> Tensor
     padded = flat[..., : rows * width].view(*lead, rows, width)
     padded[..., rows - 1 : rows - 1 + seqlen_k] = probs
     sheared = flat.view(*lead, rows, width + 1)
-    by_shift = sheared[..., : seqlen_k + rows - 1].sum(-2)
+    sheared = sheared[..., : seqlen_k + rows - 1]
+    by_shift = sheared.amax(-2) if maximum else sheared.sum(-2)
     # Distance s is j - r = q_offset - s: read the columns backwards from the one of s = 0, and
     # pad where a distance has no key at all.
     first = q_offset + rows - 1
@@ -180,8 +191,16 @@ def window_scores(
     softmax_scale: float,
     q_offset: int,
     causal: bool,
+    reduction: Literal["sum", "mean", "max"] = "sum",
 ) -> tuple[Tensor, Tensor]:
-    """Column and diagonal sums of the probabilities of the last `last_q` query rows.
+    """The probabilities of the last `last_q` query rows, reduced over columns and diagonals.
+
+    With A the attention probabilities of the L = min(last_q, seqlen_q) rows, p a row's position:
+
+        columns[j]   = reduction over rows of A[row, j]
+        diagonals[s] = reduction over rows of A[row, p - s], 0 where there is no such key
+
+    A mean divides by L in both; a NaN never becomes a maximum.
 
     Args:
         q: [batch, heads, seqlen_q, head_dim].
@@ -191,16 +210,45 @@ def window_scores(
         softmax_scale: factor of the logits.
         q_offset: position of query row 0 of `q` on the key axis.
         causal: whether row i sees only keys j <= i + q_offset.
+        reduction: "sum" (MInference), "mean" (FlexPrefill) or "max" (KVzip and others that evict
+            from a cache).
 
     Returns:
         (columns float32 [batch, heads, seqlen_k], diagonals float32 [batch, heads, num_distances]).
 
+    Raises:
+        ValueError: `reduction` is none of these.
+
+    Example:
+        >>> q, k = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8)
+        >>> options = {"last_q": 2, "num_distances": 2, "softmax_scale": 1.0, "q_offset": 0}
+        >>> columns, diagonals = window_scores(q, k, causal=True, **options)
+        >>> columns.tolist(), diagonals.tolist()
+        ([[[1.5, 0.5]]], [[[1.5, 0.5]]])
+
     Source:
         MInference 1.0 (Jiang et al. 2024, arXiv:2407.02490), algorithm 2, for any batch and GQA.
     """
+    if reduction not in ("sum", "mean", "max"):
+        raise ValueError(
+            f"sparse_attn.window_scores: reduction={reduction!r} is unknown; "
+            "pass 'sum', 'mean' or 'max'."
+        )
     batch, heads, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     rows = min(last_q, seqlen_q)
+    if reduction == "mean":
+        columns, diagonals = window_scores(
+            q,
+            k,
+            last_q=rows,
+            num_distances=num_distances,
+            softmax_scale=softmax_scale,
+            q_offset=q_offset,
+            causal=causal,
+        )
+        return columns / max(rows, 1), diagonals / max(rows, 1)
+    maximum = reduction == "max"
     if native_inputs(q, k):
         return ops.window_scores(
             q,
@@ -210,12 +258,13 @@ def window_scores(
             q_offset=q_offset,
             causal=causal,
             softmax_scale=softmax_scale,
+            maximum=maximum,
         )
     group = heads // heads_kv
     # The KV head is the unit of work, so that K is read once a group: [batch * heads_kv, group].
     window = q[:, :, seqlen_q - rows :].reshape(batch * heads_kv, group, rows, head_dim)
     keys = k.flatten(0, 1).unsqueeze(1)
-    columns, diagonals = [], []
+    parts: list[tuple[Tensor, Tensor]] = []
     for part, _ in bands(batch * heads_kv, 1, group * rows * (seqlen_k + 2 * rows)):
         probs = window_probs(
             window[part],
@@ -224,11 +273,12 @@ def window_scores(
             q_offset=q_offset + seqlen_q - rows,
             causal=causal,
         )
-        columns.append(column_sums(probs))
-        diagonals.append(
-            diagonal_sums(probs, q_offset=q_offset + seqlen_q - rows, num_distances=num_distances)
-        )
-    return (
-        torch.cat(columns).view(batch, heads, seqlen_k),
-        torch.cat(diagonals).view(batch, heads, num_distances),
-    )
+        distances = {"q_offset": q_offset + seqlen_q - rows, "num_distances": num_distances}
+        if maximum:
+            probs = probs.nan_to_num(nan=0.0)
+            columns = F.pad(probs, (0, 0, 0, 1)).amax(-2)  # with no row at all, zeros
+            parts.append((columns, diagonal_maxima(probs, **distances)))
+        else:
+            parts.append((column_sums(probs), diagonal_sums(probs, **distances)))
+    columns, diagonals = (torch.cat(part) for part in zip(*parts, strict=True))
+    return columns.view(batch, heads, seqlen_k), diagonals.view(batch, heads, num_distances)
