@@ -17,9 +17,16 @@ extern const Kernels avx2_kernels;
 
 namespace {
 
+#if defined(SPARSE_ATTN_EMULATE_AVX512)
+constexpr bool kEmulated = true;  // the AVX-512 tables are made of AVX2 code, slow, for tests
+#else
+constexpr bool kEmulated = false;
+#endif
+
 struct Candidate {
   const Kernels* table;
   bool runs_here;
+  bool only_by_name = false;
 };
 
 struct Candidates {
@@ -35,8 +42,8 @@ Candidates candidates() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  return {{{&avx512_bf16_kernels, bf16},
-           {&avx512_kernels, avx512},
+  return {{{&avx512_bf16_kernels, kEmulated ? avx2 : bf16, kEmulated},
+           {&avx512_kernels, kEmulated ? avx2 : avx512, kEmulated},
            {&avx2_kernels, avx2},
            {&scalar_kernels, true}},
           4};
@@ -54,7 +61,7 @@ const Kernels& kernels() {
   for (int i = 0; i < all.count; ++i) {
     const Candidate& c = all.list[i];
     if (forced == nullptr || *forced == '\0') {
-      if (c.runs_here) return *c.table;
+      if (c.runs_here && !c.only_by_name) return *c.table;
     } else if (std::string(forced) == c.table->name) {
       if (c.runs_here) return *c.table;
       throw std::runtime_error("SPARSE_ATTN_CPU_CAPABILITY=" + std::string(forced) +
