@@ -72,7 +72,7 @@ SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
   memset(b.grad_out_row, 0, sizeof(b.grad_out_row));
   both(t.q_rows, t.head_dim, t.q, b.q_row);
   both(b.grad_out_rows, t.head_dim_v, b.grad_out, b.grad_out_row);
-  memset(t.acc, 0, sizeof(float) * t.head_dim * kTileRows);
+  clear_panels(t.acc, t.rows, t.head_dim);
   for (int r = 0; r < kTileRows; ++r) {
     t.alpha[r] = 1.0f;
     // An empty row has lse -inf; +inf makes all of its probabilities 0.
@@ -114,15 +114,15 @@ SPARSE_ATTN_KERNEL void backward_attend(BackwardTile& b, const KeyChunk& c) {
   for_panels(t.rows, [&](auto vecs, int row) __attribute__((always_inline)) {
     constexpr int kVecs = decltype(vecs)::value;
     for (int i = 0; i < padded; i += 4) {
-      score<4, kVecs>(t.q + row, keys + i, t.head_dim, t.scores + i * kTileRows + row);
-      score<4, kVecs>(b.grad_out + row, values + i, t.head_dim_v,
+      score<4, kVecs>(panel(t.q, row), keys + i, t.head_dim, t.scores + i * kTileRows + row);
+      score<4, kVecs>(panel(b.grad_out, row), values + i, t.head_dim_v,
                       b.grad_scores + i * kTileRows + row);
     }
     adjust_panel<kVecs>(t, c, row, true);
     backward_scores<kVecs>(b, c, row);
     for (int d = 0; d < t.head_dim; d += 4)
-      accumulate<4, kVecs>(b.grad_scores + row, keys, d, c.count, t.alpha + row,
-                           t.acc + d * kTileRows + row);
+      accumulate<4, kVecs, kTileRows>(b.grad_scores + row, keys, d, c.count, t.alpha + row,
+                                      panel(t.acc, row) + d * kPanelRows);
   });
   for (int i = c.count; i < padded; ++i) {
     memset(t.scores + i * kTileRows, 0, kTileRows * sizeof(float));

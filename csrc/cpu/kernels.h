@@ -27,12 +27,13 @@ struct Tile {
   float* lse_rows[kTileRows];
   bool has_sink;
   float sink[kTileRows];
+  const KeyChunk* fetched;  // the chunk whose rows have been asked for ahead of its turn
 
   // Running softmax, base 2: exp2(row_max) is the scale that row_sum and acc are relative to.
   alignas(64) float row_max[kTileRows];
   alignas(64) float row_sum[kTileRows];
   alignas(64) float alpha[kTileRows];
-  // Row-vectorised: q[dim][row], scores[key][row], acc[dim][row].
+  // Row-vectorised: q[dim][row] and acc[dim][row] panel by panel (row_tile.h), scores[key][row].
   // Dim-vectorised: q[row][dim], scores[row][key], acc[row][dim].
   alignas(64) float q[kMaxHeadDim * kTileRows];
   alignas(64) float scores[kChunkKeys * kTileRows];

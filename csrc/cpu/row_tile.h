@@ -49,7 +49,7 @@ SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, i
     for (int d = first; d < last; ++d) {
       Vec x[kVecs];
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) x[j] = load(q + d * kTileRows + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) x[j] = load(q + d * kPanelRows + j * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
         const Vec b = splat(row[i][d]);
@@ -62,12 +62,14 @@ SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, i
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* at = s + i * kTileRows + j * kLanes;
-        store(at, first == 0 ? acc[i][j] : load(at) + acc[i][j]);
+        const bool first_dims = kScoreDims == kMaxHeadDim || first == 0;
+        store(at, first_dims ? acc[i][j] : load(at) + acc[i][j]);
       }
   }
 }
 
-template <int kDims, int kVecs>
+// kPitch: rows between two keys of p.
+template <int kDims, int kVecs, int kPitch = kPanelRows>
 SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const* v, int first_dim,
                                    int keys, const float* __restrict alpha, float* __restrict o) {
   Vec acc[kDims][kVecs];
@@ -80,7 +82,7 @@ SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const*
     const float* row = reinterpret_cast<const float*>(v[key]) + first_dim;
     Vec x[kVecs];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) x[j] = load(p + key * kTileRows + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) x[j] = load(p + key * kPitch + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kDims; ++i) {
       const Vec b = splat(row[i]);
@@ -94,7 +96,7 @@ SPARSE_ATTN_KERNEL void accumulate(const float* __restrict p, const char* const*
     const Vec a = load(alpha + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kDims; ++i) {
-      float* at = o + i * kTileRows + j * kLanes;
+      float* at = o + i * kPanelRows + j * kLanes;
       store(at, a * load(at) + acc[i][j]);
     }
   }
@@ -166,7 +168,7 @@ SPARSE_ATTN_KERNEL void accumulate_pairs(const uint16_t* __restrict p, const uin
     const Vec a = load(alpha + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kDims; ++i) {
-      float* at = o + i * kTileRows + j * kLanes;
+      float* at = o + i * kPanelRows + j * kLanes;
       store(at, a * load(at) + acc[i][j]);
     }
   }
@@ -187,6 +189,23 @@ SPARSE_ATTN_INLINE void pair_values(const char* a, const char* b, int n, uint16_
 }
 #endif
 
+// q and acc are panels of kPanelRows rows one after another, [panel][dim][row of the panel]: with
+// rows of all panels side by side one panel's lines would fall into a few sets of a small L1 cache.
+// Where a row begins; the rows of its vector follow.
+template <class T>
+SPARSE_ATTN_INLINE T* panel(T* base, int row) {
+  return base + row / kPanelRows * (kMaxHeadDim * kPanelRows) + row % kPanelRows;
+}
+
+// P of the panel in flight, [key][row of the panel], for the same reason; where a panel is the
+// whole tile, in place of the scores.
+SPARSE_ATTN_INLINE float* panel_probabilities(Tile& t, int first_row) {
+  if constexpr (kPanelRows == kTileRows) return t.scores + first_row;
+  static_assert(kPanelRows == kTileRows ||
+                kChunkKeys * kPanelRows * sizeof(float) <= sizeof(t.p_pairs));
+  return reinterpret_cast<float*>(t.p_pairs);  // bf16 pairs need it only where panels are tiles
+}
+
 inline bool tile_uses_pairs(const Tile& t) {
   return kHasBf16Dot && t.dtype == DType::kBFloat16;
 }
@@ -202,17 +221,45 @@ SPARSE_ATTN_INLINE void for_groups(int n, BigFn big, SmallFn small) {
   for (; i < n; i += kBig) big(i);
 }
 
-// Scores of a chunk for the rows of one panel; meanwhile the chunk's values are prefetched.
+// Asks for the rows of the next chunk a few at a time, all through this chunk's work: at once they
+// would ask for more than memory delivers, and the processor waits when its miss buffers are full.
+struct Fetch {
+  const KeyChunk* next;  // or null
+  int key_bytes, value_bytes;
+  int step;  // rows at a time
+  int done = 0;
+
+  Fetch(const Tile& t, const KeyChunk& c, const KeyChunk* next_chunk)
+      : next(next_chunk),
+        key_bytes(t.head_dim * static_cast<int>(element_size(t.dtype))),
+        value_bytes(t.head_dim_v * static_cast<int>(element_size(t.dtype))) {
+    const int panels = (t.rows + kPanelRows - 1) / kPanelRows;
+    const int calls = panels * (c.count + t.head_dim_v + 7) / 8;  // about as many as some() gets
+    step = next != nullptr ? (2 * next->count + calls - 1) / calls : 0;
+  }
+  SPARSE_ATTN_INLINE_MEMBER void some() {
+    for (int i = 0; i < step && done < 2 * next->count; ++i, ++done) {
+      if (done < next->count) {
+        prefetch_row<2>(next->k[done], key_bytes);
+      } else {
+        prefetch_row<2>(next->v[done - next->count], value_bytes);
+      }
+    }
+  }
+};
+
+// Scores of a chunk for the rows of one panel; with `own_values`, its values are asked for too.
 template <int kVecs>
 SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* const* keys,
-                                    int first_row, bool prefetch) {
+                                    int first_row, bool own_values, Fetch* fetch = nullptr) {
   const int n = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   const int value_bytes = t.head_dim_v * static_cast<int>(element_size(t.dtype));
-  const float* q = t.q + first_row;
+  const float* q = panel(t.q, first_row);
   float* s = t.scores + first_row;
   const auto run = [&](int i, auto group) __attribute__((always_inline)) {
     constexpr int kKeys = decltype(group)::value;
-    if (prefetch)
+    if (fetch != nullptr) fetch->some();
+    if (own_values)
       for (int j = i; j < i + kKeys && j < c.count; ++j) prefetch_row<2>(c.v[j], value_bytes);
 #if defined(__AVX512BF16__)
     if (tile_uses_pairs(t)) {
@@ -257,7 +304,7 @@ SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, 
   }
 }
 
-// Softmax of a chunk's scores times `scale` (base-2 units): P in place, or in bf16 pairs.
+// Softmax of a chunk's scores times `scale` (base-2 units): P as panel_probabilities or bf16 pairs.
 template <int kVecs, bool kPairs>
 SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float scale) {
   constexpr int kDegree = kPairs ? 4 : 6;  // P is rounded to bf16 next
@@ -301,13 +348,14 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
     }
 #endif
   } else {
+    float* probabilities = panel_probabilities(t, first_row);
     for (int key = 0; key < keys; ++key) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
-        float* at = s + key * kTileRows + j * kLanes;
-        const Vec p = exp2<kDegree>(multiply_add(load(at), factor, -shift[j]));
+        const Vec logit = load(s + key * kTileRows + j * kLanes);
+        const Vec p = exp2<kDegree>(multiply_add(logit, factor, -shift[j]));
         sum[j] += p;
-        store(at, p);
+        store(probabilities + key * kPanelRows + j * kLanes, p);
       }
     }
   }
@@ -318,30 +366,26 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
   }
 }
 
-// O += V P for the rows of one panel; meanwhile the next chunk's keys are prefetched.
+// O += V P for the rows of one panel.
 template <int kVecs>
 SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char* const* values,
-                                         int first_row, const KeyChunk* next) {
-  const int key_bytes = t.head_dim * static_cast<int>(element_size(t.dtype));
-  const int groups = (t.head_dim_v + 3) / 4;
-  const int prefetch_rows = next != nullptr ? (next->count * 4 + groups - 1) / groups : 0;
-  int prefetched = 0;
-  float* o = t.acc + first_row;
+                                         int first_row, Fetch& fetch) {
+  float* o = panel(t.acc, first_row);
+  const float* p = panel_probabilities(t, first_row);
   const float* alpha = t.alpha + first_row;
   const auto run = [&](int d, auto group) __attribute__((always_inline)) {
     constexpr int kDims = decltype(group)::value;
-    for (int i = 0; i < prefetch_rows && prefetched < next->count; ++i)
-      prefetch_row<2>(next->k[prefetched++], key_bytes);
+    fetch.some();
 #if defined(__AVX512BF16__)
     if (tile_uses_pairs(t)) {
       const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
       const uint16_t* v = reinterpret_cast<const uint16_t*>(t.v_wide) + 2 * d;
       accumulate_pairs<kDims, kVecs>(t.p_pairs + 2 * first_row, v, pitch, (c.count + 1) / 2, alpha,
-                                     o + d * kTileRows);
+                                     o + d * kPanelRows);
       return;
     }
 #endif
-    accumulate<kDims, kVecs>(t.scores + first_row, values, d, c.count, alpha, o + d * kTileRows);
+    accumulate<kDims, kVecs>(p, values, d, c.count, alpha, o + d * kPanelRows);
   };
   for_groups<kGroup<kVecs>>(
       t.head_dim_v, [&](int d) { run(d, Int<kGroup<kVecs>>{}); }, [&](int d) { run(d, Int<4>{}); });
@@ -376,11 +420,11 @@ SPARSE_ATTN_INLINE const char* const* prepare_values(Tile& t, const KeyChunk& c,
 }
 
 template <int kVecs>
-SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, const KeyChunk* next,
+SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, Fetch& fetch,
                                      const char* const* keys, const char* const*& values,
                                      const char** value_pointers, int first_row) {
-  score_panel<kVecs>(t, c, keys, first_row, first_row == 0);
-  // Only now: the values were prefetched while the scores were computed.
+  score_panel<kVecs>(t, c, keys, first_row, first_row == 0 && t.fetched != &c, &fetch);
+  // Only now: a tile's first values were asked for while its scores were computed.
   if (first_row == 0) values = prepare_values(t, c, value_pointers);
   const bool transform = t.softcap > 0.0f || c.has_bias || !(t.softmax_scale > 0.0f);
   if (transform || c.limits != nullptr || c.has_bits)
@@ -391,7 +435,7 @@ SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, const KeyChunk*
   } else {
     softmax_panel<kVecs, false>(t, c.count, first_row, scale);
   }
-  accumulate_panel<kVecs>(t, c, values, first_row, first_row == 0 ? next : nullptr);
+  accumulate_panel<kVecs>(t, c, values, first_row, fetch);
 }
 
 // Calls attend(Int<vecs>, first_row) over the tile's row vectors in panels.
@@ -414,9 +458,11 @@ SPARSE_ATTN_KERNEL void row_attend(Tile& t, const KeyChunk& c, const KeyChunk* n
   const char* const* keys =
       tile_uses_pairs(t) ? c.k : float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
   const char* const* values = nullptr;
+  Fetch fetch(t, c, next);
   for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
-    attend_panel<decltype(vecs)::value>(t, c, next, keys, values, value_pointers, first_row);
+    attend_panel<decltype(vecs)::value>(t, c, fetch, keys, values, value_pointers, first_row);
   });
+  t.fetched = next;
 }
 
 // Transposes rows of `width` 4-byte lanes into to[lane][row]; missing rows are zeros.
@@ -428,7 +474,7 @@ SPARSE_ATTN_INLINE void transpose_rows(int rows, int lanes, float* to, LoadFn lo
       for (int i = 0; i < kLanes; ++i) x[i] = r + i < rows ? load_lanes(r + i, d) : Vec{};
       transpose(x);
       const int n = lanes - d < kLanes ? lanes - d : kLanes;
-      for (int i = 0; i < n; ++i) store(to + (d + i) * kTileRows + r, x[i]);
+      for (int i = 0; i < n; ++i) store(panel(to, r) + (d + i) * kPanelRows, x[i]);
     }
   }
 }
@@ -437,6 +483,11 @@ SPARSE_ATTN_INLINE void transpose_rows(int rows, int lanes, float* to, LoadFn lo
 SPARSE_ATTN_INLINE Vec load_row(const char* row, int d, int n, DType dtype) {
   const char* at = row + d * (dtype == DType::kFloat32 ? 4 : 2);
   return n - d >= kLanes ? load_wide(at, dtype) : load_wide_tail(at, dtype, n - d);
+}
+
+SPARSE_ATTN_INLINE void clear_panels(float* to, int rows, int dim) {
+  for (int r = 0; r < rows; r += kPanelRows)
+    memset(panel(to, r), 0, sizeof(float) * dim * kPanelRows);
 }
 
 SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
@@ -448,7 +499,8 @@ SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
     transpose_rows(t.rows, t.head_dim, t.q,
                    [&](int r, int d) { return load_row(t.q_rows[r], d, t.head_dim, t.dtype); });
   }
-  memset(t.acc, 0, sizeof(float) * t.head_dim_v * kTileRows);
+  clear_panels(t.acc, t.rows, t.head_dim_v);
+  t.fetched = nullptr;
   for (int r = 0; r < kTileRows; ++r) {
     t.row_max[r] = kNegInf;
     t.row_sum[r] = 0.0f;
@@ -489,7 +541,7 @@ SPARSE_ATTN_INLINE void write_rows(const float* from, const float* factor, int r
       const int n = dim - d < kLanes ? dim - d : kLanes;
       Vec x[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        x[i] = i < n ? load(from + (d + i) * kTileRows + r) * f : Vec{};
+        x[i] = i < n ? load(panel(from, r) + (d + i) * kPanelRows) * f : Vec{};
       transpose(x);
       for (int i = 0; i < kLanes && r + i < rows; ++i)
         store_narrow(to[r + i] + d * width, x[i], dtype, n);

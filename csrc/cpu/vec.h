@@ -36,6 +36,8 @@ constexpr bool kHasBf16Dot = true;
 constexpr bool kHasBf16Dot = false;
 #endif
 
+constexpr int kPanelRows = kPanelVecs * kLanes;
+
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
@@ -205,7 +207,9 @@ SPARSE_ATTN_INLINE Vec exp2(Vec x) {
   const __m512 r = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return (Vec)_mm512_scalef_ps((__m512)exp2_fraction<kDegree>((Vec)r), (__m512)x);
 #else
-  const Vec t = max(splat(-126.0f), x);  // in this order a NaN stays one
+  // 2^-127 comes out as the number whose exponent bits are 0, which is 0. In this order a NaN
+  // stays.
+  const Vec t = max(splat(-127.0f), x);
 #if defined(__AVX2__)
   const Vec floor = (Vec)_mm256_floor_ps((__m256)t);
   const IntVec n = (IntVec)_mm256_cvtps_epi32((__m256)floor);
@@ -215,8 +219,7 @@ SPARSE_ATTN_INLINE Vec exp2(Vec x) {
   const Vec floor = __builtin_convertvector(n, Vec);
 #endif
   const Vec p = exp2_fraction<kDegree>(t - floor);
-  const Vec y = bits_as<Vec>(bits_as<IntVec>(p) + (n << 23));
-  return x < -126.0f ? Vec{} : y;
+  return bits_as<Vec>(bits_as<IntVec>(p) + (n << 23));
 #endif
 }
 
