@@ -304,9 +304,11 @@ SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, 
   }
 }
 
-// Softmax of a chunk's scores times `scale` (base-2 units): P as panel_probabilities or bf16 pairs.
-template <int kVecs, bool kPairs>
-SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float scale) {
+// Softmax of a chunk's scores times `scale` (base-2 units): P to `probabilities`, kPitch rows from
+// key to key, or to bf16 pairs.
+template <int kVecs, bool kPairs, int kPitch = kPanelRows>
+SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float scale,
+                                      float* probabilities) {
   constexpr int kDegree = kPairs ? 4 : 6;  // P is rounded to bf16 next
   Vec top[kVecs], shift[kVecs], sum[kVecs];
   const Vec factor = splat(scale);
@@ -348,14 +350,13 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
     }
 #endif
   } else {
-    float* probabilities = panel_probabilities(t, first_row);
     for (int key = 0; key < keys; ++key) {
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         const Vec logit = load(s + key * kTileRows + j * kLanes);
         const Vec p = exp2<kDegree>(multiply_add(logit, factor, -shift[j]));
         sum[j] += p;
-        store(probabilities + key * kPanelRows + j * kLanes, p);
+        store(probabilities + key * kPitch + j * kLanes, p);
       }
     }
   }
@@ -431,9 +432,10 @@ SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, Fetch& fetch,
     adjust_panel<kVecs>(t, c, first_row, transform);
   const float scale = (transform ? 1.0f : t.softmax_scale) * kLog2E;
   if (tile_uses_pairs(t)) {
-    softmax_panel<kVecs, kHasBf16Dot>(t, c.count, first_row, scale);
+    softmax_panel<kVecs, kHasBf16Dot>(t, c.count, first_row, scale, nullptr);
   } else {
-    softmax_panel<kVecs, false>(t, c.count, first_row, scale);
+    float* probabilities = panel_probabilities(t, first_row);
+    softmax_panel<kVecs, false>(t, c.count, first_row, scale, probabilities);
   }
   accumulate_panel<kVecs>(t, c, values, first_row, fetch);
 }

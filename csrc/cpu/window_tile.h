@@ -23,7 +23,7 @@ SPARSE_ATTN_KERNEL void window_attend(Tile& t, const KeyChunk& c) {
     constexpr int kVecs = decltype(vecs)::value;
     score_panel<kVecs>(t, c, keys, first_row, false);
     if (transform || c.limits != nullptr) adjust_panel<kVecs>(t, c, first_row, transform);
-    softmax_panel<kVecs, false>(t, c.count, first_row, scale);
+    softmax_panel<kVecs, false, kTileRows>(t, c.count, first_row, scale, t.scores + first_row);
   });
 }
 
