@@ -32,6 +32,18 @@ std::tuple<Tensor, Tensor> window_scores_cpu(const Tensor, const Tensor, int64_t
 Tensor top_k_cpu(const Tensor, int64_t);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vertical_slash_lists_cpu(
     const Tensor, const Tensor, int64_t, int64_t, int64_t, bool, int64_t, int64_t, int64_t, bool);
+std::tuple<Tensor, Tensor> hip_tree_cpu(const Tensor, const Tensor, int64_t, double, int64_t,
+                                        int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                        int64_t, bool);
+std::tuple<Tensor, Tensor> hip_stage_cpu(const Tensor, const Tensor, int64_t, double, int64_t,
+                                         int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                         int64_t, const OptionalTensor, const OptionalTensor,
+                                         int64_t);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> leaf_lists_cpu(const Tensor,
+                                                                          const Tensor, int64_t,
+                                                                          int64_t, int64_t, int64_t,
+                                                                          int64_t, int64_t, int64_t,
+                                                                          int64_t);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -42,6 +54,9 @@ std::string cpu_capability();
   "int block_m, int block_n"
 #define CALL_ARGS \
   "Tensor? seq_ranges, SymInt q_offset, bool causal, float softmax_scale, float softcap"
+#define HIP_ARGS                                                                          \
+  "Tensor q, Tensor k, SymInt q_offset, float softmax_scale, int block_m, int stride_q, " \
+  "int lists, int sink, int window"
 
 // clang-format off
 STABLE_TORCH_LIBRARY(sparse_attn, m) {
@@ -51,6 +66,9 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("window_scores(Tensor q, Tensor k, SymInt last_q, SymInt num_distances, SymInt q_offset, bool causal, float softmax_scale, bool maximum) -> (Tensor columns, Tensor diagonals)");
   m.def("top_k(Tensor scores, SymInt k) -> Tensor");
   m.def("vertical_slash_lists(Tensor verticals, Tensor slashes, SymInt seqlen_q, SymInt seqlen_k, SymInt q_offset, bool causal, int block_m, int block_n, SymInt chunk, bool exact) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices, Tensor block_bits_ids, Tensor block_bits)");
+  m.def("hip_tree(" HIP_ARGS ", int groups, int leaf, int stride_k, bool center) -> (Tensor starts, Tensor counts)");
+  m.def("hip_stage(" HIP_ARGS ", int chunk, int keep, int overlap, Tensor? parents, Tensor? parent_counts, int parent_chunk) -> (Tensor starts, Tensor counts)");
+  m.def("leaf_lists(Tensor starts, Tensor counts, SymInt seqlen_q, SymInt seqlen_k, SymInt q_offset, int block_m, int block_n, int leaf, int sink, int window) -> (Tensor block_counts, Tensor block_indices, Tensor mask_ids, Tensor masks, Tensor column_counts, Tensor column_indices)");
   m.def("cpu_capability() -> str");
 }
 
@@ -61,6 +79,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("window_scores", TORCH_BOX(&sparse_attn::ops::window_scores_cpu));
   m.impl("top_k", TORCH_BOX(&sparse_attn::ops::top_k_cpu));
   m.impl("vertical_slash_lists", TORCH_BOX(&sparse_attn::ops::vertical_slash_lists_cpu));
+  m.impl("hip_tree", TORCH_BOX(&sparse_attn::ops::hip_tree_cpu));
+  m.impl("hip_stage", TORCH_BOX(&sparse_attn::ops::hip_stage_cpu));
+  m.impl("leaf_lists", TORCH_BOX(&sparse_attn::ops::leaf_lists_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {

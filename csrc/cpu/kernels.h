@@ -77,6 +77,8 @@ struct Kernels {
   void (*dim_finish)(Tile&);
   // scores[key][row] = q . k of a tile that row_begin has set up; nothing scaled, nothing masked.
   void (*row_score)(Tile&, const KeyChunk&);
+  // best[key] = max(best[key], softmax_scale * the largest of its scores); a NaN counts as -inf.
+  void (*score_max)(Tile&, const KeyChunk&, float* best);
   // Probabilities of a window of rows: of a chunk relative to the running maxima, what makes them
   // final, and their reduction (window_tile.h).
   void (*window_attend)(Tile&, const KeyChunk&);

@@ -20,6 +20,30 @@ SPARSE_ATTN_KERNEL void row_score(Tile& t, const KeyChunk& c) {
   });
 }
 
+// best[key] = max(best[key], softmax_scale * q[row] . k[key] over all rows); NaN counts as -inf.
+// Reads of the chunk what row_score reads.
+SPARSE_ATTN_KERNEL void score_max(Tile& t, const KeyChunk& c, float* best) {
+  row_score(t, c);
+  const int last = (t.rows - 1) / kLanes * kLanes;
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const IntVec real = lane < splat_int(t.rows - last);
+  for (int key = 0; key < c.count; ++key) {
+    const float* s = t.scores + key * kTileRows;
+    // In this order max drops a NaN.
+    Vec top = max(load(s + last) * t.softmax_scale, splat(kNegInf));
+    top = real ? top : splat(kNegInf);
+    for (int row = 0; row < last; row += kLanes) top = max(load(s + row) * t.softmax_scale, top);
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      IntVec across;
+      for (int i = 0; i < kLanes; ++i) across[i] = i ^ step;
+      top = max(shuffle(top, top, across), top);
+    }
+    if (top[0] > best[key]) best[key] = top[0];
+  }
+}
+
 // n numbers of dtype as float32.
 SPARSE_ATTN_KERNEL void widen(const char* from, float* to, int64_t n, DType dtype) {
   const int width = dtype == DType::kFloat32 ? 4 : 2;

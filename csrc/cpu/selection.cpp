@@ -2,13 +2,12 @@
 #include "selection.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "../core/key_stream.h"
 #include "kernels.h"
+#include "rank.h"
 #include "schedule.h"
 
 namespace sparse_attn::cpu {
@@ -78,15 +77,6 @@ void window_head(const AttentionParams& p, const Kernels& kernels, const Sequenc
   std::copy_n(diagonals, to.distances, to.diagonals);
 }
 
-// Orders as a float does, in unsigned integers; greater is better. A NaN counts as -inf.
-uint32_t rank_of(float score) {
-  if (std::isnan(score)) score = -INFINITY;
-  if (score == 0.0f) score = 0.0f;  // -0 equals 0
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof(bits));
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-
 }  // namespace
 
 void window_scores(const AttentionParams& p, int64_t rows, int64_t q_offset, const WindowOutput& to,
@@ -110,8 +100,7 @@ void top_k(const float* scores, int64_t rows, int64_t n, int64_t k, int32_t* ind
   deal(executor, rows, [&](int64_t row) {
     // One integer a score, better first: the order is total, so the choice is deterministic.
     std::vector<uint64_t> order(n);
-    for (int64_t i = 0; i < n; ++i)
-      order[i] = (uint64_t{~rank_of(scores[row * n + i])} << 32) | static_cast<uint64_t>(i);
+    for (int64_t i = 0; i < n; ++i) order[i] = rank_key(scores[row * n + i], i);
     if (k < n) std::nth_element(order.begin(), order.begin() + k, order.end());
     int32_t* out = indices + row * k;
     for (int64_t i = 0; i < k; ++i) out[i] = static_cast<int32_t>(order[i] & 0xffffffffu);

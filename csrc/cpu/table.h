@@ -32,6 +32,7 @@ const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
     .dim_attend = SPARSE_ATTN_ISA::dim_attend,
     .dim_finish = SPARSE_ATTN_ISA::dim_finish,
     .row_score = SPARSE_ATTN_ISA::row_score,
+    .score_max = SPARSE_ATTN_ISA::score_max,
     .window_attend = SPARSE_ATTN_ISA::window_attend,
     .window_factors = SPARSE_ATTN_ISA::window_factors,
     .window_reduce = SPARSE_ATTN_ISA::window_reduce,

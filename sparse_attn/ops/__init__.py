@@ -5,7 +5,17 @@ Everything else in the package calls the functions here, never torch.ops.
 """
 
 from sparse_attn.ops.attention import attention
+from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
 from sparse_attn.ops.library import cpu_capability
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
-__all__ = ["attention", "cpu_capability", "top_k", "vertical_slash_lists", "window_scores"]
+__all__ = [
+    "attention",
+    "cpu_capability",
+    "hip_stage",
+    "hip_tree",
+    "leaf_lists",
+    "top_k",
+    "vertical_slash_lists",
+    "window_scores",
+]

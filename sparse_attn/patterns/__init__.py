@@ -4,22 +4,23 @@
 from sparse_attn.patterns import presets
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
 from sparse_attn.patterns.names import pattern_names, resolve
 from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
-from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash, vertical_slash_index
 
 __all__ = [
     "AShape",
     "BlockSparse",
     "Dense",
-    "Dilated",
+    "HiP",
+    "HiPStage",
+    "InfiniteHiP",
     "Pattern",
     "PatternState",
     "PerHead",
     "SlidingWindow",
-    "StridedBlocks",
     "VerticalSlash",
     "pattern_names",
     "presets",

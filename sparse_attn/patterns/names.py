@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.hip import HiP, InfiniteHiP
 from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
 from sparse_attn.patterns.vertical_slash import VerticalSlash
 
-# Defaults are MInference's throughout, so that a name means what its users expect.
+# Defaults are the papers' (MInference's, but for HiP), so that a name means what users expect.
 _NAMED: dict[str, Pattern] = {
     "dense": Dense(),
     "a_shape": AShape(),
     "tri_shape": AShape(dense_tail=100),
     "block_sparse": BlockSparse(top_k=100),
+    "hip": HiP(),
+    "infinite_hip": InfiniteHiP(),
     "vertical_slash": VerticalSlash(),
 }
 # Names that mean nothing without a number, and what to write instead.
@@ -36,8 +39,9 @@ def resolve(
     Args:
         pattern: a Pattern; or a name: "dense", "a_shape" (sink 128, window 3968), "tri_shape" (the
             same with the last 100 rows dense), "block_sparse" (100 blocks of 64 a tile),
-            "vertical_slash" (1000 columns, 6096 diagonals); or a list with one of these per query
-            head; or a dict from every query head to one of these.
+            "vertical_slash" (1000 columns, 6096 diagonals), "hip" (512 keys a tile), "infinite_hip"
+            (2048 keys a tile); or a list with one of these per query head; or a dict from every
+            query head to one of these.
         num_heads: query heads, which a list or a PerHead must fit.
 
     Returns:

@@ -168,8 +168,7 @@ def _check_member(what: str, pattern: object) -> None:
         raise TypeError(
             f"sparse_attn.PerHead: {what} is a {type(pattern).__name__}; pass a Pattern."
         )
-    # A preset may wrap one.
-    if isinstance(pattern, PerHead) or isinstance(getattr(pattern, "pattern", None), PerHead):
+    if isinstance(pattern, PerHead):
         raise ValueError(
             f"sparse_attn.PerHead: {what} is a PerHead itself; give each head its own pattern."
         )
