@@ -29,6 +29,19 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "InfiniteHiP": lambda: sparse_attn.InfiniteHiP(
         stages=(sparse_attn.HiPStage(32, 4), sparse_attn.HiPStage(8, k_in=96)), k=32, window=40
     ),
+    "VerticalSlash, chunk": lambda: sparse_attn.VerticalSlash(
+        vertical=20, slash=110, last_q=32, chunk=64
+    ),
+    "VerticalSlash, exact": lambda: sparse_attn.VerticalSlash(
+        vertical=20, slash=110, last_q=32, exact=True
+    ),
+    "Dilated": lambda: sparse_attn.Dilated(sink=5, local=9, window=90, stride=3),
+    "StridedBlocks": lambda: sparse_attn.StridedBlocks(
+        block=32, local_blocks=2, vert_stride=4, head_step=0
+    ),
+    "StridedBlocks, offset": lambda: sparse_attn.StridedBlocks(
+        block=16, local_blocks=1, vert_stride=7, offset=2, dense_heads=1
+    ),
     "PerHead": lambda: PerHead(
         {0: sparse_attn.Dense(), 2: sparse_attn.VerticalSlash(vertical=20, slash=110)},
         default=sparse_attn.AShape(sink=4, window=24),
@@ -38,12 +51,25 @@ PRESETS: dict[str, Callable[[], Pattern]] = {
     "a_shape": presets.a_shape,
     "hip": presets.hip,
     "infinite_hip": presets.infinite_hip,
+    "dilated": presets.dilated,
+    "duo_attention": lambda: presets.duo_attention([True, False, True], group=2),
+    "lm_infinite": presets.lm_infinite,
+    "longgen": presets.longgen,
     "minference": presets.minference,
+    "qwen2_5_1m": presets.qwen2_5_1m,
+    "s2": presets.s2,
     "streaming_llm": presets.streaming_llm,
     "tri_shape": presets.tri_shape,
 }
 EVERY = {**PATTERNS, **{f"presets.{name}": make for name, make in PRESETS.items()}}
 each = pytest.mark.parametrize("name", EVERY)
+
+
+def tells_heads_apart(name: str) -> bool:
+    """Whether a head's number decides what it sees."""
+    pattern = EVERY[name]()
+    pattern = getattr(pattern, "pattern", pattern)  # of a preset
+    return isinstance(pattern, PerHead) or "offset" in name or name == "presets.s2"
 
 
 def inputs(
@@ -144,7 +170,7 @@ def test_decoding_over_a_cache(name):
 @each
 def test_a_head_among_others(name):
     pattern = EVERY[name]()
-    if isinstance(pattern, PerHead):
+    if isinstance(getattr(pattern, "pattern", pattern), PerHead):
         with pytest.raises((TypeError, ValueError), match="PerHead"):
             PerHead([pattern, pattern])
         return
@@ -170,8 +196,8 @@ def test_the_choice_does_not_depend_on_threads_or_order(name):
     assert torch.equal(mask, again)
     swapped = EVERY[name]().build(q.flip(0), k.flip(0)).expand_heads(6).to_dense_mask()
     assert torch.equal(mask.flip(0), swapped.expand(2, -1, -1, -1))
-    if isinstance(EVERY[name](), PerHead) or "offset" in name:
-        return  # these tell heads apart by number
+    if tells_heads_apart(name):
+        return
     heads = torch.tensor([2, 3, 0, 1, 4, 5])  # groups change places
     moved = EVERY[name]().build(q[:, heads], k[:, [1, 0, 2]]).expand_heads(6).to_dense_mask()
     assert torch.equal(mask[:, heads], moved.expand(2, -1, -1, -1))

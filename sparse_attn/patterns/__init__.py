@@ -8,6 +8,7 @@ from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
 from sparse_attn.patterns.names import pattern_names, resolve
 from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
+from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash, vertical_slash_index
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "HiP",
     "HiPStage",
     "InfiniteHiP",
+    "Dilated",
     "Pattern",
     "PatternState",
     "PerHead",
     "SlidingWindow",
+    "StridedBlocks",
     "VerticalSlash",
     "pattern_names",
     "presets",

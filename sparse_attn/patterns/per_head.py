@@ -168,7 +168,8 @@ def _check_member(what: str, pattern: object) -> None:
         raise TypeError(
             f"sparse_attn.PerHead: {what} is a {type(pattern).__name__}; pass a Pattern."
         )
-    if isinstance(pattern, PerHead):
+    # A preset may wrap one.
+    if isinstance(pattern, PerHead) or isinstance(getattr(pattern, "pattern", None), PerHead):
         raise ValueError(
             f"sparse_attn.PerHead: {what} is a PerHead itself; give each head its own pattern."
         )

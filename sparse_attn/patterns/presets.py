@@ -8,22 +8,31 @@ A preset is a pattern: what it builds is what `preset.pattern` builds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sparse_attn.index import SparseIndex
-from sparse_attn.patterns.base import Pattern
+from sparse_attn.patterns.base import Pattern, check_int
 from sparse_attn.patterns.hip import HiP, InfiniteHiP
-from sparse_attn.patterns.static import AShape
+from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.static import AShape, Dense
+from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash
 
 __all__ = [
     "Preset",
     "a_shape",
+    "dilated",
+    "duo_attention",
     "hip",
     "infinite_hip",
+    "lm_infinite",
+    "longgen",
     "minference",
+    "qwen2_5_1m",
+    "s2",
     "streaming_llm",
     "tri_shape",
 ]
@@ -128,6 +137,163 @@ def minference(vertical: int = 1000, slash: int = 6096) -> Preset:
             "Every chosen column is kept; the original loses those after the nearest diagonal.",
             "Diagonals are merged into bands before they are cut into blocks, so a block is not "
             "always 64 keys from a diagonal's start.",
+        ),
+    )
+
+
+def qwen2_5_1m(vertical: int = 1000, slash: int = 6096, chunk: int = 32768) -> Preset:
+    """Qwen2.5-1M's prefill: MInference's rule, chosen anew by the last 64 rows of every chunk.
+
+    Args:
+        vertical: budget of columns, in keys.
+        slash: budget of diagonals.
+        chunk: rows that choose together, in tokens.
+    """
+    return Preset(
+        "qwen2_5_1m",
+        VerticalSlash(vertical=vertical, slash=slash, chunk=chunk),
+        "Yang et al. 2025, arXiv:2501.15383, section 5.2",
+        (
+            "Dual chunk attention's positions are not part of it: sparse_attn.dual_chunk_attention "
+            "runs its three stages with queries that the caller has rotated.",
+            "Budgets are the same for all heads; the original searches one for each, and raises "
+            "them until enough attention is recalled.",
+            "Prompts below 32,768 tokens are sparse too; the original runs them dense.",
+            *minference().deviations,
+        ),
+    )
+
+
+def dilated(variant: int = 1) -> Preset:
+    """MInference's dilated baselines.
+
+    Args:
+        variant: 1: 1,024 sinks and every second of the last 8,192 diagonals; 2: 1,024 sinks, 2,048
+            dense diagonals and every second up to 4,096.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if variant not in (1, 2):
+        raise ValueError(
+            f"sparse_attn.presets.dilated: variant={variant!r} is unknown; pass 1 or 2."
+        )
+    pattern = Dilated() if variant == 1 else Dilated(local=2048, window=4096)
+    return Preset(
+        "dilated",
+        pattern,
+        "MInference, Jiang et al. 2024, arXiv:2407.02490, its code's dilated1 and dilated2",
+        (
+            "Single diagonals are seen; the original's tiles of 64 keys cover what lies between "
+            "them, so that it attends to the whole window.",
+            "Distances are multiples of 2, the row's own key included.",
+        ),
+    )
+
+
+def s2(
+    local_blocks: int = 32, vert_stride: int = 8, block: int = 64, dense_heads: int = 0
+) -> Preset:
+    """S2-Attention: local blocks, and block columns that are shifted from head to head.
+
+    Args:
+        local_blocks: blocks back that a row sees.
+        vert_stride: every how many blocks a column is seen by all.
+        block: tokens of a block.
+        dense_heads: last KV heads that see everything.
+    """
+    return Preset(
+        "s2",
+        StridedBlocks(
+            block=block, local_blocks=local_blocks, vert_stride=vert_stride, dense_heads=dense_heads
+        ),
+        "Lin et al. 2024, arXiv:2407.17678; DKernel",
+        (
+            "Where attention is not causal, columns stay at fixed positions; the original counts "
+            "them from the row.",
+        ),
+    )
+
+
+def longgen(local_blocks: int = 16, vert_stride: int = 8, block: int = 64) -> Preset:
+    """LongGen's sparse layers with strided blocks: the same in every head.
+
+    Args:
+        local_blocks: blocks back that a row sees.
+        vert_stride: every how many blocks a column is seen by all.
+        block: tokens of a block.
+    """
+    return Preset(
+        "longgen",
+        StridedBlocks(block=block, local_blocks=local_blocks, vert_stride=vert_stride, head_step=0),
+        "Ge et al. 2024, arXiv:2410.01485",
+        (
+            "A preset is for one layer: the middle third of the layers stays Dense().",
+            "The paper's model is trained with the pattern; nothing is trained here.",
+            "The sizes are S2-Attention's; the paper leaves them to the length.",
+        ),
+    )
+
+
+def lm_infinite(sink: int = 10, window: int = 4096) -> Preset:
+    """LM-Infinite's lambda-shaped mask.
+
+    Args:
+        sink: first keys that every row sees, in tokens.
+        window: keys back that a row sees, itself included, in tokens.
+    """
+    return Preset(
+        "lm_infinite",
+        AShape(sink=sink, window=window),
+        "Han et al. 2023, arXiv:2308.16137",
+        (
+            "The mask only: positions of far sinks are not capped at the window. For that, run "
+            "sinks and window as two stages with their own queries (sparse_attn.attention_stages).",
+        ),
+    )
+
+
+def duo_attention(
+    mask: Sequence[bool], *, group: int = 1, sink: int = 64, recent: int = 256
+) -> Preset:
+    """DuoAttention: retrieval heads see everything, the others sinks and recent keys.
+
+    Args:
+        mask: one flag per KV head of the layer, True for a retrieval head.
+        group: query heads of a KV head.
+        sink: first keys that a streaming head sees, in tokens.
+        recent: keys back that it sees, the row's own included, in tokens.
+
+    Raises:
+        TypeError: a flag is not a bool, or `group` not an int.
+        ValueError: there is no flag, or `group` is below 1.
+
+    Example:
+        >>> duo_attention([True, False], group=4).pattern.pattern_of(3)
+        Dense()
+    """
+    check_int("presets.duo_attention", "group", group, 1)
+    flags = list(mask)
+    if not flags:
+        raise ValueError(
+            "sparse_attn.presets.duo_attention: mask is empty; pass a flag per KV head."
+        )
+    for flag in flags:
+        if not isinstance(flag, bool):
+            raise TypeError(
+                f"sparse_attn.presets.duo_attention: mask holds a {type(flag).__name__}, "
+                f"{flag!r}; pass bools, True for a retrieval head."
+            )
+    streaming = AShape(sink=sink, window=recent)
+    return Preset(
+        "duo_attention",
+        PerHead([Dense() if flag else streaming for flag in flags for _ in range(group)]),
+        "Xiao et al. 2024, arXiv:2410.10819",
+        (
+            "A row sees the same keys however the prompt is cut; the original's streaming heads "
+            "see the whole chunk that a row is prefilled in, and the first chunk is dense.",
+            "Heads stay in their order; the original permutes the weights so that those of a kind "
+            "are neighbours.",
         ),
     )
 
