@@ -44,6 +44,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> leaf_lists_cpu(const 
                                                                           int64_t, int64_t, int64_t,
                                                                           int64_t, int64_t, int64_t,
                                                                           int64_t);
+Tensor pool_blocks_cpu(const Tensor, int64_t, std::string);
+Tensor block_top_k_cpu(const Tensor, const Tensor, int64_t, int64_t, int64_t, int64_t, int64_t,
+                       bool, int64_t, int64_t);
+Tensor block_top_p_cpu(const Tensor, double, bool, bool, int64_t, int64_t, int64_t, int64_t,
+                       int64_t, bool, int64_t, int64_t);
+Tensor block_threshold_cpu(const Tensor, double, int64_t, int64_t, int64_t, int64_t, int64_t, bool,
+                           int64_t, int64_t);
+std::tuple<Tensor, Tensor> list_blocks_cpu(const Tensor, int64_t);
+Tensor cell_block_sums_cpu(const Tensor, const Tensor, int64_t, int64_t, double);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -57,6 +66,9 @@ std::string cpu_capability();
 #define HIP_ARGS                                                                          \
   "Tensor q, Tensor k, SymInt q_offset, float softmax_scale, int block_m, int stride_q, " \
   "int lists, int sink, int window"
+#define GRID_ARGS                                                                                \
+  "SymInt first_tile, SymInt seqlen_q, int block_m, int block_n, SymInt q_offset, bool causal, " \
+  "int sink_blocks, int local_blocks"
 
 // clang-format off
 STABLE_TORCH_LIBRARY(sparse_attn, m) {
@@ -69,6 +81,12 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("hip_tree(" HIP_ARGS ", int groups, int leaf, int stride_k, bool center) -> (Tensor starts, Tensor counts)");
   m.def("hip_stage(" HIP_ARGS ", int chunk, int keep, int overlap, Tensor? parents, Tensor? parent_counts, int parent_chunk) -> (Tensor starts, Tensor counts)");
   m.def("leaf_lists(Tensor starts, Tensor counts, SymInt seqlen_q, SymInt seqlen_k, SymInt q_offset, int block_m, int block_n, int leaf, int sink, int window) -> (Tensor block_counts, Tensor block_indices, Tensor mask_ids, Tensor masks, Tensor column_counts, Tensor column_indices)");
+  m.def("pool_blocks(Tensor x, int block, str kind) -> Tensor");
+  m.def("block_top_k(Tensor scores, Tensor budget, " GRID_ARGS ") -> Tensor");
+  m.def("block_top_p(Tensor scores, float share, bool logits, bool whole, " GRID_ARGS ") -> Tensor");
+  m.def("block_threshold(Tensor scores, float threshold, " GRID_ARGS ") -> Tensor");
+  m.def("list_blocks(Tensor mask, int block_n) -> (Tensor counts, Tensor indices)");
+  m.def("cell_block_sums(Tensor cells, Tensor limits, int tile_cells, int block_cells, float scale) -> Tensor");
   m.def("cpu_capability() -> str");
 }
 
@@ -82,6 +100,12 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("hip_tree", TORCH_BOX(&sparse_attn::ops::hip_tree_cpu));
   m.impl("hip_stage", TORCH_BOX(&sparse_attn::ops::hip_stage_cpu));
   m.impl("leaf_lists", TORCH_BOX(&sparse_attn::ops::leaf_lists_cpu));
+  m.impl("pool_blocks", TORCH_BOX(&sparse_attn::ops::pool_blocks_cpu));
+  m.impl("block_top_k", TORCH_BOX(&sparse_attn::ops::block_top_k_cpu));
+  m.impl("block_top_p", TORCH_BOX(&sparse_attn::ops::block_top_p_cpu));
+  m.impl("block_threshold", TORCH_BOX(&sparse_attn::ops::block_threshold_cpu));
+  m.impl("list_blocks", TORCH_BOX(&sparse_attn::ops::list_blocks_cpu));
+  m.impl("cell_block_sums", TORCH_BOX(&sparse_attn::ops::cell_block_sums_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {

@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from .index import HeadKind, SparseIndex
-from .lists import check_tile_sizes, indptr_from_counts, pack_bits, sort_lists, tile_entries
+from .lists import (
+    check_tile_sizes,
+    indptr_from_counts,
+    list_blocks,
+    pack_bits,
+    sort_lists,
+    tile_entries,
+)
 
 __all__ = [
     "all_blocks",
@@ -137,13 +144,14 @@ def from_blocks(
             f"{tuple(block_mask.shape)}; [batch, heads, {grid[0]}, {grid[1]}] is needed for "
             f"seqlen_q={seqlen_q}, seqlen_k={seqlen_k}, block_m={block_m}, block_n={block_n}."
         )
+    counts, indices = list_blocks(block_mask, block_n)
     return SparseIndex.from_lists(
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         block_m=block_m,
         block_n=block_n,
-        block_indptr=indptr_from_counts(block_mask.sum(-1)),
-        block_indices=(block_mask.nonzero()[:, 3] * block_n).int(),
+        block_indptr=indptr_from_counts(counts),
+        block_indices=indices,
     )
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
+
 if TYPE_CHECKING:
     from .index import SparseIndex
 
@@ -23,6 +25,7 @@ __all__ = [
     "densities",
     "indptr_from_counts",
     "keys_mask",
+    "list_blocks",
     "pack_bits",
     "refined",
     "shifted_indptrs",
@@ -53,6 +56,23 @@ def indptr_from_counts(counts: Tensor) -> Tensor:
     row = counts.sum(-1)
     row_start = (row.flatten().cumsum(0) - row.flatten()).view(row.shape)
     return F.pad(counts.cumsum(-1), (1, 0)) + row_start[..., None]
+
+
+def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
+    """Ragged lists of the marked blocks' first keys.
+
+    Args:
+        mask: bool [..., blocks].
+        block_n: keys of a block.
+
+    Returns:
+        (counts int64 [...], indices int32, lists one after the other, ascending).
+    """
+    if mask.device.type != "cpu":
+        return mask.sum(-1), (mask.nonzero()[:, -1] * block_n).int()
+    rows = mask.reshape(mask.shape[:-1].numel(), mask.shape[-1]).contiguous()
+    counts, indices = ops.list_blocks(rows, block_n)
+    return counts.view(mask.shape[:-1]), indices
 
 
 def tile_entries(indptr: Tensor) -> tuple[Tensor, Tensor]:

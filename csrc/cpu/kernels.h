@@ -64,6 +64,9 @@ constexpr int grad_pitch(int dim) {
   return (dim + 15) / 16 * 16;
 }
 
+// What becomes of a run of rows: kDirection is the mean of rows divided by their norms.
+enum class Pool : int32_t { kMean, kMin, kMax, kDirection };
+
 struct Kernels {
   const char* name;
   // Tiles of any number of rows, vectorised over rows.
@@ -93,6 +96,11 @@ struct Kernels {
   // n numbers of dtype as float32, and back.
   void (*widen)(const char* from, float* to, int64_t n, DType dtype);
   void (*narrow)(const float* from, char* to, int64_t n, DType dtype);
+  // Rows combined into a running result; and a row's exponentials below its maximum, with their
+  // sum (see pool_tile.h).
+  void (*pool_rows)(const char* from, int64_t row_bytes, int rows, int width, DType dtype,
+                    Pool kind, float* to);
+  float (*exp_cells)(float* cells, int64_t n, float scale);
 };
 
 // The fastest table that this CPU runs, or the one SPARSE_ATTN_CPU_CAPABILITY names.

@@ -3,6 +3,7 @@
 // defines SPARSE_ATTN_ISA, the namespace, table and capability name.
 #include "backward_tile.h"
 #include "dim_tile.h"
+#include "pool_tile.h"
 #include "row_tile.h"
 #include "score_tile.h"
 #include "window_tile.h"
@@ -41,6 +42,8 @@ const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
     .backward_finish = SPARSE_ATTN_ISA::backward_finish,
     .widen = SPARSE_ATTN_ISA::widen,
     .narrow = SPARSE_ATTN_ISA::narrow,
+    .pool_rows = SPARSE_ATTN_ISA::pool_rows,
+    .exp_cells = SPARSE_ATTN_ISA::exp_cells,
 };
 
 }  // namespace sparse_attn::cpu

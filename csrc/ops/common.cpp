@@ -154,6 +154,11 @@ TensorView tensor_view(const Tensor& x) {
           x.stride(2)};
 }
 
+std::pair<TensorView, DType> rows_view(const Tensor& x, const char* name) {
+  check_rows(x, name);
+  return {tensor_view(x), dtype_of(x)};
+}
+
 AttentionParams query_key_params(const Tensor& q, const Tensor& k) {
   check_rows(q, "q");
   check_rows(k, "k");

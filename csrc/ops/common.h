@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../core/types.h"
@@ -60,6 +61,8 @@ void check_disjoint(const std::vector<Sequence>& sequences, const char* name,
                     int64_t Sequence::* start, int64_t Sequence::* length);
 
 TensorView tensor_view(const Tensor& x);
+// A checked [batch, heads, seqlen, dim] CPU tensor with a contiguous last dimension.
+std::pair<TensorView, DType> rows_view(const Tensor& x, const char* name);
 // A [batch, heads, seqlen, dim] tensor laid out in memory as `like` is: rows of all heads together
 // if `like` is a transposed [batch, seqlen, heads, dim] tensor.
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim);

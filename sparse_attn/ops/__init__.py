@@ -5,16 +5,32 @@ Everything else in the package calls the functions here, never torch.ops.
 """
 
 from sparse_attn.ops.attention import attention
+from sparse_attn.ops.blocks import (
+    GridArgs,
+    block_threshold,
+    block_top_k,
+    block_top_p,
+    cell_block_sums,
+    list_blocks,
+    pool_blocks,
+)
 from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
 from sparse_attn.ops.library import cpu_capability
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
 __all__ = [
+    "GridArgs",
     "attention",
+    "block_threshold",
+    "block_top_k",
+    "block_top_p",
+    "cell_block_sums",
     "cpu_capability",
     "hip_stage",
     "hip_tree",
     "leaf_lists",
+    "list_blocks",
+    "pool_blocks",
     "top_k",
     "vertical_slash_lists",
     "window_scores",

@@ -1,28 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
 """What patterns are composed of: estimators give scores, selectors turn scores into choices.
 
-Every function is plain torch, batched over its leading dimensions, deterministic, and runs where
-its inputs are. Scores are float32; ties are broken by score descending, then index ascending.
+Every function is batched over its leading dimensions, deterministic, and runs where its inputs are:
+natively on the CPU where that is what costs, else in plain torch. Scores are float32; ties are
+broken by score descending, then index ascending.
 """
 
+from sparse_attn.selection.blocks import (
+    BlockGrid,
+    block_threshold,
+    block_top_k,
+    block_top_p,
+    blocks_index,
+    group_to_kv,
+)
 from sparse_attn.selection.estimators import (
     bands,
     column_sums,
     diagonal_maxima,
     diagonal_sums,
-    mean_pool,
-    pooled_scores,
     window_probs,
     window_scores,
+)
+from sparse_attn.selection.pooled import (
+    antidiagonal_scores,
+    block_similarity,
+    mean_pool,
+    minmax_bound_scores,
+    minmax_pool,
+    pool,
+    pooled_scores,
 )
 from sparse_attn.selection.selectors import threshold_mask, top_k_indices, top_k_mask
 
 __all__ = [
+    "BlockGrid",
+    "antidiagonal_scores",
     "bands",
+    "block_similarity",
+    "block_threshold",
+    "block_top_k",
+    "block_top_p",
+    "blocks_index",
     "column_sums",
     "diagonal_maxima",
     "diagonal_sums",
+    "group_to_kv",
     "mean_pool",
+    "minmax_bound_scores",
+    "minmax_pool",
+    "pool",
     "pooled_scores",
     "threshold_mask",
     "top_k_indices",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimators: cheap scores that stand for attention probabilities.
 
-Two families so far: block means (one score for a tile of queries and a block of keys), and an
-observation window (exact probabilities of the last few query rows, reduced along key columns and
-along diagonals). Both are float32 whatever the input dtype, and never hold seqlen_q x seqlen_k
-values.
+Here: an observation window (exact probabilities of the last few query rows, reduced along key
+columns and along diagonals). Estimators are float32 whatever the input dtype, and never hold
+seqlen_q x seqlen_k values.
 """
 
 from __future__ import annotations
@@ -61,40 +60,6 @@ def native_inputs(q: Tensor, k: Tensor) -> bool:
         and q.stride(-1) == 1
         and k.stride(-1) == 1
     )
-
-
-def mean_pool(x: Tensor, block: int) -> Tensor:
-    """Mean of every run of `block` rows; a shorter last run is averaged over its real rows.
-
-    Args:
-        x: [..., seqlen, head_dim], any floating dtype and strides.
-        block: rows in a run.
-
-    Returns:
-        float32 [..., ceil(seqlen / block), head_dim].
-    """
-    seqlen = x.shape[-2]
-    full = seqlen // block
-    whole = x[..., : full * block, :]
-    pooled = whole.reshape(*x.shape[:-2], full, block, x.shape[-1]).mean(-2, dtype=torch.float32)
-    if full * block == seqlen:
-        return pooled
-    tail = x[..., full * block :, :].mean(-2, keepdim=True, dtype=torch.float32)
-    return torch.cat((pooled, tail), dim=-2)
-
-
-def pooled_scores(q_means: Tensor, k_means: Tensor, softmax_scale: float) -> Tensor:
-    """Logits between block means: softmax_scale * q_mean . k_mean.
-
-    Args:
-        q_means: float32 [..., tiles, head_dim].
-        k_means: float32 [..., blocks, head_dim], same leading dimensions.
-        softmax_scale: factor of the dot products.
-
-    Returns:
-        float32 [..., tiles, blocks].
-    """
-    return torch.matmul(q_means * softmax_scale, k_means.transpose(-1, -2))
 
 
 def window_probs(
