@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_attn import backends, ops
 from sparse_attn.index import SparseIndex
-from sparse_attn.patterns import Pattern, PatternState, resolve
+from sparse_attn.patterns import Pattern, resolve
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -439,7 +439,7 @@ def _ranges_index(
     for s, (q_start, q_len, k_start, k_len, q_offset) in enumerate(seq_ranges.tolist()):
         b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
         rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
-        member = chosen.of_sequence(s) if isinstance(chosen, PatternState) else chosen
+        member = chosen.of_sequence(s)
         parts.append(
             build_index(member, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset)
         )

@@ -42,6 +42,7 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "StridedBlocks, offset": lambda: sparse_attn.StridedBlocks(
         block=16, local_blocks=1, vert_stride=7, offset=2, dense_heads=1
     ),
+    "HiPState": lambda: sparse_attn.HiPState(sparse_attn.HiP(mask_k=32, window=40, sink=3)),
     "PerHead": lambda: PerHead(
         {0: sparse_attn.Dense(), 2: sparse_attn.VerticalSlash(vertical=20, slash=110)},
         default=sparse_attn.AShape(sink=4, window=24),

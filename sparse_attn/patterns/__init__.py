@@ -5,6 +5,7 @@ from sparse_attn.patterns import presets
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
 from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
+from sparse_attn.patterns.hip_state import HiPState
 from sparse_attn.patterns.names import pattern_names, resolve
 from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
@@ -17,6 +18,7 @@ __all__ = [
     "Dense",
     "HiP",
     "HiPStage",
+    "HiPState",
     "InfiniteHiP",
     "Dilated",
     "Pattern",

@@ -58,6 +58,16 @@ class Pattern(ABC):
             ValueError: q and k do not fit each other.
         """
 
+    def of_sequence(self, sequence: int) -> Pattern:
+        """What stands for this pattern where sequences are built one by one (padding, varlen).
+
+        That is the pattern itself, unless it has a memory.
+
+        Args:
+            sequence: number of the sequence, from 0.
+        """
+        return self
+
 
 class PatternState(Pattern):
     """A pattern with a memory: what it chose or computed before decides what it does next.
@@ -71,11 +81,7 @@ class PatternState(Pattern):
 
     @abstractmethod
     def of_sequence(self, sequence: int) -> Pattern:
-        """What stands for this state where sequences are built one by one (padding, varlen).
-
-        Args:
-            sequence: number of the sequence, from 0.
-        """
+        """The state of one sequence; the same object in every call, until `reset`."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

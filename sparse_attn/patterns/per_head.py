@@ -109,21 +109,37 @@ class PerHead(Pattern):
         check_qk("PerHead", q, k)
         num_heads = q.shape[1]
         self.check_num_heads(num_heads)
-        groups: dict[Pattern, list[int]] = {}
-        for head in range(num_heads):
-            groups.setdefault(self.pattern_of(head), []).append(head)
+        groups = self._groups(num_heads)
         parts = []
-        for pattern, heads in groups.items():
+        for pattern, heads in groups:
             q_part, k_part = _heads_of(q, k, heads, reads_data=pattern.data_dependent)
             index = pattern.build(
                 q_part, k_part, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
             )
             parts.append(index.expand_heads(len(heads)))
-        order = [head for heads in groups.values() for head in heads]
+        order = [head for _, heads in groups for head in heads]
         index = SparseIndex.cat_heads(_same_tiles(parts))
         if order == sorted(order):
             return index
         return index.select_heads([order.index(head) for head in range(num_heads)])
+
+    def of_sequence(self, sequence: int) -> PerHead:
+        """See `Pattern.of_sequence`: every member's own."""
+        default = None if self.default is None else self.default.of_sequence(sequence)
+        return PerHead({h: p.of_sequence(sequence) for h, p in self.patterns}, default)
+
+    def _groups(self, num_heads: int) -> list[tuple[Pattern, list[int]]]:
+        """Every pattern and its heads. A pattern with a memory equals itself alone, unhashed."""
+        groups: list[tuple[Pattern, list[int]]] = []
+        for head in range(num_heads):
+            pattern = self.pattern_of(head)
+            for other, heads in groups:
+                if other == pattern:
+                    heads.append(head)
+                    break
+            else:
+                groups.append((pattern, [head]))
+        return groups
 
 
 def _pairs(patterns: object) -> list[tuple[int, Pattern]]:
