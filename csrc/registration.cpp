@@ -53,6 +53,9 @@ Tensor block_threshold_cpu(const Tensor, double, int64_t, int64_t, int64_t, int6
                            int64_t, int64_t);
 std::tuple<Tensor, Tensor> list_blocks_cpu(const Tensor, int64_t);
 Tensor cell_block_sums_cpu(const Tensor, const Tensor, int64_t, int64_t, double);
+std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_lists_cpu(const Tensor, const Tensor, int64_t,
+                                                            int64_t, int64_t, double, int64_t, bool,
+                                                            double, int64_t);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -87,6 +90,7 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("block_threshold(Tensor scores, float threshold, " GRID_ARGS ") -> Tensor");
   m.def("list_blocks(Tensor mask, int block_n) -> (Tensor counts, Tensor indices)");
   m.def("cell_block_sums(Tensor cells, Tensor limits, int tile_cells, int block_cells, float scale) -> Tensor");
+  m.def("anchor_lists(Tensor q, Tensor k, int block, int step, int sink, float theta, SymInt q_offset, bool causal, float softmax_scale, int block_n) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
   m.def("cpu_capability() -> str");
 }
 
@@ -96,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("check_index", TORCH_BOX(&sparse_attn::ops::check_index_cpu));
   m.impl("window_scores", TORCH_BOX(&sparse_attn::ops::window_scores_cpu));
   m.impl("top_k", TORCH_BOX(&sparse_attn::ops::top_k_cpu));
+  m.impl("anchor_lists", TORCH_BOX(&sparse_attn::ops::anchor_lists_cpu));
   m.impl("vertical_slash_lists", TORCH_BOX(&sparse_attn::ops::vertical_slash_lists_cpu));
   m.impl("hip_tree", TORCH_BOX(&sparse_attn::ops::hip_tree_cpu));
   m.impl("hip_stage", TORCH_BOX(&sparse_attn::ops::hip_stage_cpu));

@@ -15,6 +15,7 @@ from sparse_attn.backends import UnsupportedError
 from sparse_attn.explain import Explanation, explain
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import (
+    AnchorAttention,
     AShape,
     BlockSparse,
     Dense,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AShape",
+    "AnchorAttention",
     "BlockSparse",
     "Dense",
     "Dilated",

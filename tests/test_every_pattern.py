@@ -35,6 +35,7 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "VerticalSlash, exact": lambda: sparse_attn.VerticalSlash(
         vertical=20, slash=110, last_q=32, exact=True
     ),
+    "AnchorAttention": lambda: sparse_attn.AnchorAttention(block=16, step=2, theta=1.5, sink=8),
     "Dilated": lambda: sparse_attn.Dilated(sink=5, local=9, window=90, stride=3),
     "StridedBlocks": lambda: sparse_attn.StridedBlocks(
         block=32, local_blocks=2, vert_stride=4, head_step=0
@@ -52,6 +53,7 @@ PRESETS: dict[str, Callable[[], Pattern]] = {
     "a_shape": presets.a_shape,
     "hip": presets.hip,
     "infinite_hip": presets.infinite_hip,
+    "anchor_attention": presets.anchor_attention,
     "dilated": presets.dilated,
     "duo_attention": lambda: presets.duo_attention([True, False, True], group=2),
     "lm_infinite": presets.lm_infinite,

@@ -2,6 +2,7 @@
 """Patterns: frozen descriptions of how to choose keys. Each builds a SparseIndex."""
 
 from sparse_attn.patterns import presets
+from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
 from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
@@ -14,6 +15,7 @@ from sparse_attn.patterns.vertical_slash import VerticalSlash, vertical_slash_in
 
 __all__ = [
     "AShape",
+    "AnchorAttention",
     "BlockSparse",
     "Dense",
     "HiP",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparse_attn.index import SparseIndex
+from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern, check_int
 from sparse_attn.patterns.hip import HiP, InfiniteHiP
 from sparse_attn.patterns.per_head import PerHead
@@ -24,6 +25,7 @@ from sparse_attn.patterns.vertical_slash import VerticalSlash
 __all__ = [
     "Preset",
     "a_shape",
+    "anchor_attention",
     "dilated",
     "duo_attention",
     "hip",
@@ -341,5 +343,29 @@ def infinite_hip(k: int = 2048, window: int = 1024) -> Preset:
             "A window of less than the first chunk stays as it is; the original widens it.",
             "No layer, and not the last rows of a prefill, is treated apart.",
             "Keys keep the rotation they came with; positions are not extended.",
+        ),
+    )
+
+
+def anchor_attention(theta: float = 12.0, step: int = 16) -> Preset:
+    """AnchorAttention: stripes of single keys that come near the scores of an anchor.
+
+    Args:
+        theta: how far below the anchor's best logits a key may lie, in logits.
+        step: tiles of 128 rows that share their keys.
+    """
+    return Preset(
+        "anchor_attention",
+        AnchorAttention(block=128, step=step, theta=theta, sink=128),
+        "Zhang et al. 2025, arXiv:2505.23520",
+        (
+            "The anchor's sinks are one block of 128 keys, as in the paper; the original's code "
+            "takes the first 2,048.",
+            "Every key between sinks and superblock is a candidate; the original leaves out the "
+            "last block before the superblock.",
+            "The anchor's best logits are computed for the choice alone; the original keeps the "
+            "anchor's attention and resumes it.",
+            "Any length, and rows that do not begin at a superblock; the original runs dense "
+            "attention on what is left over.",
         ),
     )
