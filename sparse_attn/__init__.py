@@ -32,6 +32,7 @@ from sparse_attn.patterns import (
     VerticalSlash,
     presets,
 )
+from sparse_attn.stages import Stage, attention_stages, dual_chunk_attention
 
 __version__ = "0.1.0"
 
@@ -40,8 +41,8 @@ __all__ = [
     "AnchorAttention",
     "BlockSparse",
     "Dense",
-    "Dilated",
     "Density",
+    "Dilated",
     "Explanation",
     "HeadKind",
     "HiP",
@@ -53,13 +54,16 @@ __all__ = [
     "PerHead",
     "SlidingWindow",
     "SparseIndex",
+    "Stage",
     "StridedBlocks",
     "UnsupportedError",
     "VerticalSlash",
     "attention",
     "attention_decode",
     "attention_ranges",
+    "attention_stages",
     "attention_varlen",
+    "dual_chunk_attention",
     "explain",
     "merge_states",
     "presets",
