@@ -13,8 +13,19 @@ import torch
 from bounds import assert_matches_oracle, plain_attention
 
 import sparse_attn
-from sparse_attn import Pattern, PerHead, reference
+from sparse_attn import Pattern, PerHead, reference, selection
 from sparse_attn.patterns import PatternState, presets
+
+
+def gate(rows: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A stand-in for a learned gate: a tile's and group's mean query against block maxima."""
+
+    def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        grouped = q.float().unflatten(1, (k.shape[1], -1)).mean(2)
+        return selection.mean_pool(grouped, rows) @ selection.pool(k, 64, "max").mT
+
+    return scores
+
 
 # By name: how to make one small enough to drop keys at a few hundred tokens.
 PATTERNS: dict[str, Callable[[], Pattern]] = {
@@ -23,6 +34,13 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "AShape, tail": lambda: sparse_attn.AShape(sink=5, window=40, dense_tail=7),
     "SlidingWindow": lambda: sparse_attn.SlidingWindow(33),
     "BlockSparse": lambda: sparse_attn.BlockSparse(top_k=2, block_m=32, block_n=16),
+    "BlockSparse, share": lambda: sparse_attn.BlockSparse(top_p=0.5),
+    "FlexPrefill": lambda: sparse_attn.FlexPrefill(gamma=0.6, min_budget=16, block=16),
+    "GatedBlocks": lambda: sparse_attn.GatedBlocks(gate(32), top_k=3, block_m=32),
+    "Quest": lambda: sparse_attn.Quest(budget=64, page=8),
+    "QuestState": lambda: sparse_attn.QuestState(sparse_attn.Quest(budget=64, page=8)),
+    "SpargeAttention": lambda: sparse_attn.SpargeAttention(top_p=0.6, similarity=0.05),
+    "XAttention": lambda: sparse_attn.XAttention(8, 0.6, block_m=32, block_n=32),
     "VerticalSlash": lambda: sparse_attn.VerticalSlash(vertical=20, slash=110, last_q=32),
     "HiP": lambda: sparse_attn.HiP(mask_k=32, window=40, sink=3),
     "HiP, shared": lambda: sparse_attn.HiP(mask_k=64, block_k=16, window=40, share="kv"),
@@ -61,6 +79,13 @@ PRESETS: dict[str, Callable[[], Pattern]] = {
     "minference": presets.minference,
     "qwen2_5_1m": presets.qwen2_5_1m,
     "s2": presets.s2,
+    "flexprefill": presets.flexprefill,
+    "minference_block_sparse": presets.minference_block_sparse,
+    "moba": presets.moba,
+    "quest": presets.quest,
+    "seer": lambda: presets.seer(gate(64), threshold=0.1),
+    "sparge": presets.sparge,
+    "xattention": presets.xattention,
     "streaming_llm": presets.streaming_llm,
     "tri_shape": presets.tri_shape,
 }

@@ -5,30 +5,42 @@ from sparse_attn.patterns import presets
 from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.flexprefill import FlexPrefill
+from sparse_attn.patterns.gated_blocks import GatedBlocks, block_scores_index
 from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
 from sparse_attn.patterns.hip_state import HiPState
 from sparse_attn.patterns.names import pattern_names, resolve
 from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.quest import Quest, QuestState
+from sparse_attn.patterns.sparge import SpargeAttention
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
 from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash, vertical_slash_index
+from sparse_attn.patterns.xattention import XAttention
 
 __all__ = [
     "AShape",
     "AnchorAttention",
     "BlockSparse",
     "Dense",
+    "Dilated",
+    "FlexPrefill",
+    "GatedBlocks",
     "HiP",
     "HiPStage",
     "HiPState",
     "InfiniteHiP",
-    "Dilated",
     "Pattern",
     "PatternState",
     "PerHead",
+    "Quest",
+    "QuestState",
     "SlidingWindow",
+    "SpargeAttention",
     "StridedBlocks",
     "VerticalSlash",
+    "XAttention",
+    "block_scores_index",
     "pattern_names",
     "presets",
     "resolve",

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.flexprefill import FlexPrefill
 from sparse_attn.patterns.hip import HiP, InfiniteHiP
 from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.quest import Quest
+from sparse_attn.patterns.sparge import SpargeAttention
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
 from sparse_attn.patterns.vertical_slash import VerticalSlash
+from sparse_attn.patterns.xattention import XAttention
 
 # Defaults are the papers' (MInference's, but for HiP), so that a name means what users expect.
 _NAMED: dict[str, Pattern] = {
@@ -18,9 +22,13 @@ _NAMED: dict[str, Pattern] = {
     "a_shape": AShape(),
     "tri_shape": AShape(dense_tail=100),
     "block_sparse": BlockSparse(top_k=100),
+    "flexprefill": FlexPrefill(),
     "hip": HiP(),
     "infinite_hip": InfiniteHiP(),
+    "quest": Quest(),
+    "sparge": SpargeAttention(),
     "vertical_slash": VerticalSlash(),
+    "xattention": XAttention(),
 }
 # Names that mean nothing without a number, and what to write instead.
 _NEEDS_ARGUMENTS = {"sliding_window": SlidingWindow, "per_head": PerHead}
@@ -40,8 +48,9 @@ def resolve(
         pattern: a Pattern; or a name: "dense", "a_shape" (sink 128, window 3968), "tri_shape" (the
             same with the last 100 rows dense), "block_sparse" (100 blocks of 64 a tile),
             "vertical_slash" (1000 columns, 6096 diagonals), "hip" (512 keys a tile), "infinite_hip"
-            (2048 keys a tile); or a list with one of these per query head; or a dict from every
-            query head to one of these.
+            (2048 keys a tile), "xattention" (stride 16, 0.9 of the mass), "flexprefill" (0.9 of the
+            mass), "sparge" (0.98 of the mass), "quest" (decoding, 2048 keys); or a list with one of
+            these per query head; or a dict from every query head to one of these.
         num_heads: query heads, which a list or a PerHead must fit.
 
     Returns:

@@ -9,15 +9,21 @@ A preset is a pattern: what it builds is what `preset.pattern` builds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from torch import Tensor
-
-from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.anchor import AnchorAttention
-from sparse_attn.patterns.base import Pattern, check_int
+from sparse_attn.patterns.base import check_int
+from sparse_attn.patterns.block_presets import (
+    flexprefill,
+    minference_block_sparse,
+    moba,
+    quest,
+    seer,
+    sparge,
+    xattention,
+)
 from sparse_attn.patterns.hip import HiP, InfiniteHiP
 from sparse_attn.patterns.per_head import PerHead
+from sparse_attn.patterns.preset import Preset
 from sparse_attn.patterns.static import AShape, Dense
 from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash
@@ -28,52 +34,23 @@ __all__ = [
     "anchor_attention",
     "dilated",
     "duo_attention",
+    "flexprefill",
     "hip",
     "infinite_hip",
     "lm_infinite",
     "longgen",
     "minference",
+    "minference_block_sparse",
+    "moba",
+    "quest",
     "qwen2_5_1m",
     "s2",
+    "seer",
+    "sparge",
     "streaming_llm",
     "tri_shape",
+    "xattention",
 ]
-
-
-@dataclass(frozen=True)
-class Preset(Pattern):
-    """A pattern under its paper's name.
-
-    Attributes:
-        name: of the method.
-        pattern: what chooses the keys.
-        source: paper and arXiv number.
-        deviations: where this differs from the published code, a sentence each.
-    """
-
-    name: str
-    pattern: Pattern
-    source: str
-    deviations: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        # An instance knows better than its class.
-        object.__setattr__(self, "data_dependent", self.pattern.data_dependent)
-        object.__setattr__(self, "row_local", self.pattern.row_local)
-
-    def build(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        causal: bool = True,
-        softmax_scale: float | None = None,
-        q_offset: int | None = None,
-    ) -> SparseIndex:
-        """See `Pattern.build`."""
-        return self.pattern.build(
-            q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
-        )
 
 
 def streaming_llm(sink: int = 4, window: int = 1024) -> Preset:
