@@ -53,6 +53,36 @@ def vertical_slash(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.VerticalSlash(vertical=k.shape[2] // 64, slash=k.shape[2] // 32)
 
 
+@case
+def block_sparse_top_p(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.BlockSparse(top_p=0.5)
+
+
+@case
+def xattention(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.XAttention(stride=16, threshold=0.5)
+
+
+@case
+def xattention_stride_64(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.XAttention(stride=64, threshold=0.5)
+
+
+@case
+def flexprefill(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.FlexPrefill(gamma=0.5)
+
+
+@case
+def flexprefill_query_aware(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.FlexPrefill(gamma=0.5, tau=1.0)
+
+
+@case
+def sparge(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.SpargeAttention(top_p=0.5, similarity=0.0)
+
+
 def inputs(seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [1, 1, seqlen, HEAD_DIM]: noise about a drifting topic, as neighbours are alike.
 

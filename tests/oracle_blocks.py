@@ -159,3 +159,103 @@ def grid_mask(chosen, grid):
     for tile, blocks in enumerate(chosen):
         mask[tile, sorted(blocks)] = True
     return mask
+
+
+def xattention(q, k, grid, share, **cells):
+    """`cells`: stride, block_m, block_n, scale, q_offset, causal."""
+    return top_p(antidiagonal_scores(q, k, **cells), grid, share, logits=False)
+
+
+def sparge(q, k, grid, *, block_m, block_n, scale, similarity, top_p_share=None, density=None):
+    scores = pooled_scores(q, k, block_m, block_n, scale)
+    rows, keys = self_similarity(q, block_m), self_similarity(k, block_n)
+    margin = min(abs(x - similarity) for x in rows + keys)
+    always = {j for j, x in enumerate(keys) if x < similarity}
+    open_scores = [[-math.inf if j in always else s for j, s in enumerate(row)] for row in scores]
+    if density is None:
+        chosen, close = top_p(open_scores, grid, top_p_share, logits=True)
+    else:
+        chosen, close = top_k(
+            open_scores, grid, lambda t: math.ceil(density * len(grid.allowed(t)) - 1e-9)
+        )
+    close = math.inf if math.isnan(close) else close  # between two that are always kept
+    for tile in range(grid.tiles):
+        allowed = set(grid.allowed(tile))
+        everything = rows[tile] < similarity
+        chosen[tile] = allowed if everything else chosen[tile] | (always & allowed)
+    return chosen, min(margin, close)
+
+
+def _fewest(masses, share):
+    """How many of the masses, best first, hold a share of their sum."""
+    if share >= 1:
+        return len(masses)
+    total, covered, count = math.fsum(masses), 0.0, 0
+    for mass in sorted(masses, reverse=True):
+        if not covered < share * total:
+            break
+        covered, count = covered + mass, count + 1
+    return count
+
+
+def _best(sums, count):
+    order = sorted(range(len(sums)), key=lambda j: (-sums[j], j))
+    gap = sums[order[count - 1]] - sums[order[count]] if 0 < count < len(sums) else math.inf
+    return set(order[:count]), gap
+
+
+def flexprefill(q, k, grid, *, gamma, tau, low, high, block, scale, q_offset, causal):
+    """low and high: bounds of the budgets in blocks, high may be None."""
+    rows = window(q, k, min(block, len(q)), scale, q_offset, causal)
+    columns = [math.fsum(p[j] for _, p in rows) for j in range(len(k))]
+    diagonals = [0.0] * max(0, len(q) + q_offset)
+    for position, p in rows:
+        for j, mass in enumerate(p):
+            if position >= j:
+                diagonals[position - j] += mass
+    sums = [
+        [math.fsum(masses[i : i + block]) for i in range(0, len(masses), block)]
+        for masses in (columns, diagonals)
+    ]
+    allowed = grid.allowed(grid.tiles - 1)
+    logits = (means(k, block) @ q[-block:].mean(0) * scale).tolist()
+    estimate = dict(zip(allowed, softmax([logits[j] for j in allowed]), strict=True))
+    total = math.fsum(sums[0]) or 1.0
+    divergence = 0.0
+    for j in range(grid.blocks):
+        a, b = estimate.get(j, 0.0), sums[0][j] / total
+        divergence += sum(x * math.log(x / ((a + b) / 2)) / 2 for x in (a, b) if x > 0)
+    distance = math.sqrt(max(divergence, 0.0))
+    margin = abs(distance - tau) if tau > 0 else math.inf
+    chosen = []
+    for masses, blocks in zip((columns, diagonals), sums, strict=True):
+        counts = {_fewest(masses, gamma * f) // block for f in (1 - 1e-5, 1, 1 + 1e-5)}
+        count = max(low, _fewest(masses, gamma) // block + 1)
+        count = min(count, max(low, len(blocks) if high is None else high))
+        if distance < tau:
+            count = low
+        elif gamma < 1 and len(counts) > 1:
+            margin = 0.0
+        best, gap = _best(blocks, min(count, len(blocks)))
+        chosen.append(best)
+        margin = min(margin, gap)
+    pairs = []
+    for tile in range(grid.tiles):
+        distances = {j: grid.diagonals[tile] - j for j in grid.allowed(tile)}
+        kept = {j for j, d in distances.items() if j in chosen[0] or d in chosen[1]}
+        pairs.append(kept | set(grid.forced(tile)))
+    if distance < tau:
+        scores = pooled_scores(q, k, block, block, scale)
+        more, close = top_p(scores, grid, gamma, logits=True, whole=True)
+        return [a | b for a, b in zip(pairs, more, strict=True)], min(margin, close)
+    return pairs, margin
+
+
+def quest(q, k, page, pages, allowed):
+    """Pages that one row keeps: q [dim], k [seqlen, dim]; the last allowed one is its own."""
+    bounds = []
+    for i in range(0, len(k), page):
+        low, high = k[i : i + page].amin(0), k[i : i + page].amax(0)
+        bounds.append(torch.maximum(q * low, q * high).sum().item())
+    order = sorted(range(allowed - 1), key=lambda j: (-bounds[j], j))
+    return set(order[: max(pages - 1, 0)]) | ({allowed - 1} if allowed else set())
