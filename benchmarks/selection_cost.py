@@ -83,6 +83,31 @@ def sparge(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.SpargeAttention(top_p=0.5, similarity=0.0)
 
 
+@case
+def vertical_slash_exact(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.VerticalSlash(vertical=k.shape[2] // 64, slash=k.shape[2] // 32, exact=True)
+
+
+@case
+def vertical_slash_chunks(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.VerticalSlash(vertical=k.shape[2] // 64, slash=k.shape[2] // 32, chunk=8192)
+
+
+@case
+def anchor_attention(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.AnchorAttention()
+
+
+@case
+def strided_blocks(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.StridedBlocks(local_blocks=8, vert_stride=32)
+
+
+@case
+def dilated(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.Dilated(window=1024, sink=64)
+
+
 def inputs(seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [1, 1, seqlen, HEAD_DIM]: noise about a drifting topic, as neighbours are alike.
 

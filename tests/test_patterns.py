@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from sparse_attn import reference
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns import (
+    AnchorAttention,
     AShape,
     BlockSparse,
     Dense,
+    Dilated,
     Pattern,
     PerHead,
     SlidingWindow,
+    StridedBlocks,
     VerticalSlash,
     pattern_names,
     resolve,
@@ -619,6 +622,9 @@ def test_per_head_messages(make, error, text):
         ("tri_shape", AShape(128, 3968, 100)),
         ("block_sparse", BlockSparse(top_k=100)),
         ("vertical_slash", VerticalSlash(1000, 6096, 64, 30, 100)),
+        ("anchor_attention", AnchorAttention(128, 16, 12.0, 128)),
+        ("dilated", Dilated(1024, 0, 8192, 2)),
+        ("strided_blocks", StridedBlocks(64, 32, 8)),
     ],
 )
 def test_names(name, expected):
@@ -638,7 +644,7 @@ def test_resolve_lists_and_objects():
 @pytest.mark.parametrize(
     ("pattern", "error", "text"),
     [
-        ("densest", ValueError, "pattern='densest' is unknown; known names are 'a_shape', 'block"),
+        ("densest", ValueError, "pattern='densest' is unknown; known names are 'a_shape', 'anchor"),
         ("sliding_window", ValueError, r"needs arguments; pass SlidingWindow\(\.\.\.\)"),
         ("per_head", ValueError, r"needs arguments; pass PerHead\(\.\.\.\)"),
         (3, TypeError, "pattern is a int"),

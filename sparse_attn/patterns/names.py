@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.block_sparse import BlockSparse
 from sparse_attn.patterns.flexprefill import FlexPrefill
@@ -13,6 +14,7 @@ from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.quest import Quest
 from sparse_attn.patterns.sparge import SpargeAttention
 from sparse_attn.patterns.static import AShape, Dense, SlidingWindow
+from sparse_attn.patterns.strided import Dilated, StridedBlocks
 from sparse_attn.patterns.vertical_slash import VerticalSlash
 from sparse_attn.patterns.xattention import XAttention
 
@@ -21,12 +23,15 @@ _NAMED: dict[str, Pattern] = {
     "dense": Dense(),
     "a_shape": AShape(),
     "tri_shape": AShape(dense_tail=100),
+    "anchor_attention": AnchorAttention(),
     "block_sparse": BlockSparse(top_k=100),
+    "dilated": Dilated(),
     "flexprefill": FlexPrefill(),
     "hip": HiP(),
     "infinite_hip": InfiniteHiP(),
     "quest": Quest(),
     "sparge": SpargeAttention(),
+    "strided_blocks": StridedBlocks(),
     "vertical_slash": VerticalSlash(),
     "xattention": XAttention(),
 }
@@ -49,8 +54,11 @@ def resolve(
             same with the last 100 rows dense), "block_sparse" (100 blocks of 64 a tile),
             "vertical_slash" (1000 columns, 6096 diagonals), "hip" (512 keys a tile), "infinite_hip"
             (2048 keys a tile), "xattention" (stride 16, 0.9 of the mass), "flexprefill" (0.9 of the
-            mass), "sparge" (0.98 of the mass), "quest" (decoding, 2048 keys); or a list with one of
-            these per query head; or a dict from every query head to one of these.
+            mass), "sparge" (0.98 of the mass), "quest" (decoding, 2048 keys), "anchor_attention"
+            (superblocks of 2048 rows, theta 12), "dilated" (sink 1024, every second of 8192
+            diagonals), "strided_blocks" (32 local blocks of 64, every eighth column of blocks); or
+            a list with one of these per query head; or a dict from every query head to one of
+            these.
         num_heads: query heads, which a list or a PerHead must fit.
 
     Returns:
