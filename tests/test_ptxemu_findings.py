@@ -258,7 +258,7 @@ def test_cp_async_source_bounds():
     check(PIPELINE, "u64 px, u64 py", run_pipeline, "bounds", fault)
 
 
-# --- between CTAs -----------------------------------------------------------------------------------
+# --- between CTAs ---
 
 LAST_BLOCK = """
   ld.param.u64 %rd1, [px]; ld.param.u64 %rd2, [pcount]; ld.param.u64 %rd3, [psum];

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions of the simulator, one at a time, against the PTX ISA (section names in each test)."""
+"""Instructions of the simulator, one at a time, against the PTX ISA (its sections are named)."""
 
 import math
 
@@ -237,7 +237,7 @@ def test_conversions_round_as_numpy_does():
     assert got == [f32(v) for v in doubles]
 
 
-# --- shfl.sync, vote.sync, match.sync, redux.sync, activemask, elect.sync --------------------------
+# --- shfl.sync, vote.sync, match.sync, redux.sync, activemask, elect.sync ---
 
 WARP = """
   ld.param.u64 %rd1, [pd];
@@ -314,11 +314,11 @@ def test_partial_warps_and_exited_lanes():
     assert run_warp(exits) == [255] * 8 + [0xEEEEEEEE] * 24
 
 
-# --- ld, st, atom, red, calls ----------------------------------------------------------------------
+# --- ld, st, atom, red, calls ---
 
 
 def test_vector_and_narrow_accesses():
-    """ld: a signed narrow value is sign-extended to the register's width; vectors are consecutive."""
+    """ld: a signed narrow value is extended to the register's width; vectors are consecutive."""
     source = np.arange(-8, 8, dtype=np.int8)
     result = np.zeros(4, np.int32)
     body = """
@@ -350,6 +350,11 @@ def test_vector_and_narrow_accesses():
 def test_atomics(operation, start, value, expected, where):
     """atom, red: 64 threads, each once; inc wraps to 0 past its bound."""
     memory = np.array([start], np.int64).astype(np.int32)
+    instruction = f"atom.global.{operation} %r4, [%rd1], %r3;"
+    store = ""
+    if where == "shared":
+        instruction = f"red.shared.{operation} [cell], %r3;"
+        store = "@%p1 st.global.u32 [%rd1], %r2;"
     body = f"""
       .shared .align 4 .b8 cell[4];
       ld.param.u64 %rd1, [pm];
@@ -358,10 +363,10 @@ def test_atomics(operation, start, value, expected, where):
       @%p1 st.shared.u32 [cell], %r2;
       bar.sync 0;
       mov.u32 %r3, {value};
-      {f"red.shared.{operation} [cell], %r3;" if where == "shared" else f"atom.global.{operation} %r4, [%rd1], %r3;"}
+      {instruction}
       bar.sync 0;
       ld.shared.u32 %r2, [cell];
-      {"@%p1 st.global.u32 [%rd1], %r2;" if where == "shared" else ""}
+      {store}
     """
     module(body, "u64 pm").launch(block=64, args=[memory])
     assert memory[0] == expected

@@ -203,7 +203,8 @@ def test_movmatrix():
     source, result = np.ascontiguousarray(source), np.zeros((32, 4), np.uint32)
     body = LDMATRIX.replace(
         "INSTRUCTION",
-        "movmatrix.sync.aligned.m8n8.trans.b16 %r10, %r4;\nmov.u32 %r11, 0; mov.u32 %r12, 0; mov.u32 %r13, 0;",
+        "movmatrix.sync.aligned.m8n8.trans.b16 %r10, %r4;"
+        "mov.u32 %r11, 0; mov.u32 %r12, 0; mov.u32 %r13, 0;",
     )
     module(body, "u64 ps, u64 pd").launch(args=[source, result])
     expected = pack(matrix.T[GROUP, 2 * THREAD], matrix.T[GROUP, 2 * THREAD + 1])

@@ -31,19 +31,29 @@ T guarded(T failure, F&& f) {
   return failure;
 }
 
-ptxemu::Dim3 dims(const std::uint32_t (&d)[3]) { return {d[0], d[1], d[2]}; }
+ptxemu::Dim3 dims(const std::uint32_t (&d)[3]) {
+  return {d[0], d[1], d[2]};
+}
 
 }  // namespace
 
-PTXEMU_EXPORT const char* ptxemu_error(void) { return last_error.c_str(); }
-PTXEMU_EXPORT const char* ptxemu_error_kind(void) { return last_kind.c_str(); }
-PTXEMU_EXPORT const char* ptxemu_stats(void) { return last_stats.c_str(); }
+PTXEMU_EXPORT const char* ptxemu_error(void) {
+  return last_error.c_str();
+}
+PTXEMU_EXPORT const char* ptxemu_error_kind(void) {
+  return last_kind.c_str();
+}
+PTXEMU_EXPORT const char* ptxemu_stats(void) {
+  return last_stats.c_str();
+}
 
 PTXEMU_EXPORT ptxemu_module* ptxemu_load(const char* ptx) {
   return guarded<ptxemu_module*>(nullptr, [&] { return new ptxemu_module{ptxemu::load(ptx)}; });
 }
 
-PTXEMU_EXPORT void ptxemu_unload(ptxemu_module* module) { delete module; }
+PTXEMU_EXPORT void ptxemu_unload(ptxemu_module* module) {
+  delete module;
+}
 
 PTXEMU_EXPORT const char* ptxemu_describe(const ptxemu_module* module) {
   last_text = ptxemu::to_json(*module->module);

@@ -12,7 +12,9 @@
 namespace ptxemu::cli {
 namespace {
 
-[[noreturn]] void refuse(const std::string& what) { throw Error("launch", what); }
+[[noreturn]] void refuse(const std::string& what) {
+  throw Error("launch", what);
+}
 
 Type type_named(const std::string& name) {
   std::string ptx = name;
@@ -54,9 +56,9 @@ double decode(Type type, const unsigned char* bytes) {
     case Type::kF64:
       return from_bits<double>(bits);
     default:
-      return is_signed(type) ? static_cast<double>(static_cast<i64>(
-                                   sign_extend(bits, size_of(type))))
-                             : static_cast<double>(bits);
+      return is_signed(type)
+                 ? static_cast<double>(static_cast<i64>(sign_extend(bits, size_of(type))))
+                 : static_cast<double>(bits);
   }
 }
 

@@ -12,7 +12,8 @@
 
 namespace {
 
-constexpr const char* kUsage = R"(ptxemu executes CUDA kernels from their PTX on the CPU and checks them.
+constexpr const char* kUsage =
+    R"(ptxemu executes CUDA kernels from their PTX on the CPU and checks them.
 
   ptxemu kernels FILE.ptx            kernels and their parameters, as JSON
   ptxemu opcodes FILE.ptx            instructions that are not supported; exit status 1 if any

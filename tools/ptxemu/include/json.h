@@ -39,10 +39,9 @@ inline std::string to_json(const Stats& stats) {
          ", \"warp_instructions\": " + std::to_string(stats.warp_instructions) +
          ", \"lane_instructions\": " + std::to_string(stats.lane_instructions) +
          ", \"opcodes\": {" +
-         json_list(stats.opcodes,
-                   [](const auto& o) {
-                     return json_string(o.first) + ": " + std::to_string(o.second);
-                   }) +
+         json_list(
+             stats.opcodes,
+             [](const auto& o) { return json_string(o.first) + ": " + std::to_string(o.second); }) +
          "}, \"notices\": [" + json_list(stats.notices, json_string) + "]}";
 }
 

@@ -16,11 +16,11 @@ struct alignas(64) TensorMap {
   std::uint8_t rank;
   std::uint8_t element_bytes;
   TensorSwizzle swizzle;
-  std::uint8_t data_type;       // CUtensorMapDataType
+  std::uint8_t data_type;  // CUtensorMapDataType
   std::uint64_t address;
-  std::uint64_t dims[5];        // elements, innermost first
-  std::uint64_t strides[4];     // bytes, of dims[1] and up
-  std::uint32_t box[5];         // elements
+  std::uint64_t dims[5];     // elements, innermost first
+  std::uint64_t strides[4];  // bytes, of dims[1] and up
+  std::uint32_t box[5];      // elements
   std::uint32_t fill_nan;
   std::uint32_t reserved[4];
 };

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// cp.async and its groups (PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy").
+// cp.async and its groups (PTX ISA, "Data Movement and Conversion Instructions: Asynchronous
+// copy").
 //
 // The copies of a thread are an agent of their own, whose clock is the number of the group. A copy
 // is checked and its target filled with 0xff when it is issued; the bytes arrive when the thread
@@ -20,7 +21,9 @@ void land(Cta& cta, AsyncCopies::Group& group) {
 
 namespace {
 
-u32 async_agent(Step& s, int lane) { return s.machine.agents.async + s.thread(lane); }
+u32 async_agent(Step& s, int lane) {
+  return s.machine.agents.async + s.thread(lane);
+}
 
 // cp.async.{ca,cg}.shared.global [dst], [src], size[, src-size]
 void copy(Step& s) {
@@ -88,8 +91,7 @@ void arrive_on_mbarrier(Step& s) {
     for (AsyncCopies::Group& group : copies.committed) land(s.cta, group);
     land(s.cta, copies.open);
     u64 address = s.address(std::size_t{0}, l);
-    const Step::Place place =
-        s.shared(address & (kSharedWindow - 1), 8, false, l, 8);
+    const Step::Place place = s.shared(address & (kSharedWindow - 1), 8, false, l, 8);
     s.record(place, 8, s.actor(l, true), false, l);
     Mbarrier& barrier = find_mbarrier(s, *place.cta, static_cast<u32>(place.address), l);
     barrier.current.note(async_agent(s, l), copies.open.epoch, s.clocks().agents());

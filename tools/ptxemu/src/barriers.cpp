@@ -49,18 +49,23 @@ void cta_barrier(Step& s) {
   NamedBarrier& barrier = s.cta.barriers[number];
   const u32 expected = operands > 1 ? static_cast<u32>(s.in(a + 1)[first]) : 0;
   if (expected % kWarpSize != 0)
-    s.fail("barrier", "a thread count of " + std::to_string(expected) +
-                          ", which is no multiple of the warp size", first);
+    s.fail(
+        "barrier",
+        "a thread count of " + std::to_string(expected) + ", which is no multiple of the warp size",
+        first);
   if (barrier.arrived != 0 && barrier.expected != expected)
-    s.fail("barrier", "barrier " + std::to_string(number) + " for " + std::to_string(expected) +
-                          " threads, where others arrived for " +
-                          std::to_string(barrier.expected), first);
+    s.fail("barrier",
+           "barrier " + std::to_string(number) + " for " + std::to_string(expected) +
+               " threads, where others arrived for " + std::to_string(barrier.expected),
+           first);
   barrier.expected = expected;
   const u32 lanes = static_cast<u32>(std::popcount(s.mask));
   barrier.arrived += expected && i.n[1] ? kWarpSize : lanes;
   if (expected && barrier.arrived > expected)
-    s.fail("barrier", "more threads at barrier " + std::to_string(number) + " than the " +
-                          std::to_string(expected) + " it expects", first);
+    s.fail("barrier",
+           "more threads at barrier " + std::to_string(number) + " than the " +
+               std::to_string(expected) + " it expects",
+           first);
   s.machine.progress++;
   s.each([&](int l) {
     if (s.machine.options.check_races) s.clocks().release(s.thread(l), barrier.clock);
@@ -149,8 +154,7 @@ void thread_exits(Machine& machine, Warp& warp, u32 lanes) {
   cta.cluster->live_threads -= count;
   machine.progress++;
   u32 converging = 0;
-  for (int l = 0; l < kWarpSize; ++l)
-    converging |= u32{warp.wait[l] == Wait::kConverge} << l;
+  for (int l = 0; l < kWarpSize; ++l) converging |= u32{warp.wait[l] == Wait::kConverge} << l;
   warp.unblock(converging);
   for (NamedBarrier& barrier : cta.barriers)
     if (barrier.expected == 0 && complete(cta, barrier)) release_waiting(machine, cta, barrier);

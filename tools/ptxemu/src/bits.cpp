@@ -26,9 +26,8 @@ constexpr auto kBrev = []<class T>(T a) {
 template <auto F>
 void logic_predicate(Step& s) {
   u64* d = s.out(std::size_t{0});
-  s.each([&](int l) {
-    d[l] = F(s.predicate(s.operand(1), l), s.predicate(s.operand(2), l)) ? 1 : 0;
-  });
+  s.each(
+      [&](int l) { d[l] = F(s.predicate(s.operand(1), l), s.predicate(s.operand(2), l)) ? 1 : 0; });
 }
 void not_predicate(Step& s) {
   u64* d = s.out(std::size_t{0});
@@ -131,8 +130,7 @@ void permute_mode(Step& s) {
     const u64 both = b[l] << 32 | (a[l] & 0xffffffffu);
     u32 result = 0;
     for (int byte = 0; byte < 4; ++byte)
-      result |= u32{static_cast<u8>(
-                    both >> (8 * (kSelectors[kMode][c[l] & 3] >> (4 * byte) & 7)))}
+      result |= u32{static_cast<u8>(both >> (8 * (kSelectors[kMode][c[l] & 3] >> (4 * byte) & 7)))}
                 << (8 * byte);
     d[l] = result;
   });

@@ -3,8 +3,8 @@
 // copy: bulk", "Tensors", "Swizzling modes").
 //
 // A copy to shared memory is an agent of its own: checked, and its target filled with 0xff, when it
-// is issued; its bytes arrive when the scheduler says so, and complete_tx hands the agent's clock to
-// the mbarrier. A copy to global memory is done at once; the agent of the thread's bulk groups
+// is issued; its bytes arrive when the scheduler says so, and complete_tx hands the agent's clock
+// to the mbarrier. A copy to global memory is done at once; the agent of the thread's bulk groups
 // stands for it until wait_group.
 #include "bulk_copy.h"
 
@@ -140,8 +140,7 @@ void copy_to_global(Step& s) {
   s.each([&](int l) {
     const u32 bytes = checked_size(s, 2, l);
     const u64 target = s.address(std::size_t{0}, l);
-    const Step::Place from =
-        s.shared(s.address(1, l) & (kSharedWindow - 1), bytes, false, l, 16);
+    const Step::Place from = s.shared(s.address(1, l) & (kSharedWindow - 1), bytes, false, l, 16);
     Actor actor = group_actor(s, l);
     s.record(from, bytes, actor, false, l);
     actor.strong = i.n[2] >= 0;  // a reduction is relaxed

@@ -87,8 +87,8 @@ void call(Step& s) {
   const u32 next = s.warp.pc[s.first_lane()] + 1;
   std::unordered_map<u64, u32> callees;  // function -> lanes
   s.each([&](int l) {
-    const u64 callee = i.target < 0 ? s.in(std::size_t{0})[l] - kFunctionWindow
-                                    : static_cast<u64>(i.target);
+    const u64 callee =
+        i.target < 0 ? s.in(std::size_t{0})[l] - kFunctionWindow : static_cast<u64>(i.target);
     callees[callee] |= 1u << l;
   });
   for (const auto& [index, lanes] : callees) {
@@ -129,9 +129,13 @@ void return_from_call(Step& s) {
     std::erase_if(s.warp.frames, [&](const auto& f) { return f.get() == &s.frame; });
 }
 
-void exit_thread(Step& s) { thread_exits(s.machine, s.warp, s.mask); }
+void exit_thread(Step& s) {
+  thread_exits(s.machine, s.warp, s.mask);
+}
 
-void trap(Step& s) { s.fail("trap", "trap was executed", s.first_lane()); }
+void trap(Step& s) {
+  s.fail("trap", "trap was executed", s.first_lane());
+}
 
 void nothing(Step&) {}
 

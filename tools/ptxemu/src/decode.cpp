@@ -13,17 +13,17 @@ const std::unordered_map<std::string_view, Decoder>& table() {
       for (std::string_view name : names) t[name] = decoder;
     };
     // add, sub, mul, ... are integer or floating point by their type; decode_integer hands over
-    add(decode_integer, {"add", "sub", "mul", "mad", "div", "rem", "abs", "neg",
-                         "min", "max", "sad", "dp4a"});
-    add(decode_float, {"fma", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh",
-                       "copysign", "testp"});
+    add(decode_integer,
+        {"add", "sub", "mul", "mad", "div", "rem", "abs", "neg", "min", "max", "sad", "dp4a"});
+    add(decode_float,
+        {"fma", "rcp", "sqrt", "rsqrt", "sin", "cos", "lg2", "ex2", "tanh", "copysign", "testp"});
     add(decode_bits, {"and", "or", "xor", "not", "cnot", "shl", "shr", "shf", "lop3", "prmt", "bfe",
                       "bfi", "bfind", "brev", "popc", "clz", "fns"});
     add(decode_compare, {"setp", "set", "selp", "slct"});
     add(decode_move, {"mov", "cvta", "isspacep", "mapa", "getctarank"});
     add(decode_convert, {"cvt"});
-    add(decode_memory, {"ld", "ldu", "st", "prefetch", "prefetchu", "discard", "applypriority",
-                        "createpolicy"});
+    add(decode_memory,
+        {"ld", "ldu", "st", "prefetch", "prefetchu", "discard", "applypriority", "createpolicy"});
     add(decode_atomic, {"atom", "red"});
     add(decode_control, {"bra", "brx", "call", "ret", "exit", "trap", "brkpt", "nanosleep",
                          "setmaxnreg", "griddepcontrol", "pmevent"});

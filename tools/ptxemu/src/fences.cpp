@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// membar, fence and the effects of strong accesses (PTX ISA, "Memory Consistency Model": release and
-// acquire patterns). A fence publishes what its thread knows; a strong write after it carries that
-// to its location; a strong read brings it to its thread, where it counts after a fence or at once
-// if the read acquires.
+// membar, fence and the effects of strong accesses (PTX ISA, "Memory Consistency Model": release
+// and acquire patterns). A fence publishes what its thread knows; a strong write after it carries
+// that to its location; a strong read brings it to its thread, where it counts after a fence or at
+// once if the read acquires.
 #include "decode.h"
 
 namespace ptxemu {
 
-void before_strong_write(Step& s, const Step::Place& place, Order order, bool cta_scope,
-                         int lane) {
+void before_strong_write(Step& s, const Step::Place& place, Order order, bool cta_scope, int lane) {
   if (!s.machine.options.check_races) return;
   Cluster& cluster = *s.cta.cluster;
   const u32 thread = s.thread(lane);
@@ -31,9 +30,8 @@ void after_strong_read(Step& s, const Step::Place& place, Order order, bool, int
   Cluster& cluster = *s.cta.cluster;
   const u32 thread = s.thread(lane);
   SyncLocation& location = s.sync_location(place);
-  const ForeignPtr found = location.cta_linear == s.cta.linear
-                               ? join(location.device, location.cta)
-                               : location.device;
+  const ForeignPtr found =
+      location.cta_linear == s.cta.linear ? join(location.device, location.cta) : location.device;
   if (order == Order::kAcquire || order == Order::kAcqRel)
     cluster.clocks->acquire_globally(thread, found);
   else

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Floating-point arithmetic in f32 and f64 (PTX ISA, "Floating Point Instructions"). The approximate
-// functions are computed by the host's correctly or nearly correctly rounded ones, so they are at
-// least as accurate as a GPU's and may differ from it within the bounds that the ISA states.
+// Floating-point arithmetic in f32 and f64 (PTX ISA, "Floating Point Instructions"). The
+// approximate functions are computed by the host's correctly or nearly correctly rounded ones, so
+// they are at least as accurate as a GPU's and may differ from it within the bounds that the ISA
+// states.
 #include "lanes.h"
 #include "rounding.h"
 
@@ -115,11 +116,11 @@ constexpr auto kLg2 = []<class T>(T a) { return std::log2(a); };
 constexpr auto kEx2 = []<class T>(T a) { return std::exp2(a); };
 constexpr auto kTanh = []<class T>(T a) { return std::tanh(a); };
 
-#define PTXEMU_FOR_FLOATS(i, handler, function)                                         \
-  {                                                                                     \
-    if ((i).type == Type::kF32)                                                         \
+#define PTXEMU_FOR_FLOATS(i, handler, function)                                          \
+  {                                                                                      \
+    if ((i).type == Type::kF32)                                                          \
       return (i).ftz ? handler<float, true, function> : handler<float, false, function>; \
-    return (i).type == Type::kF64 ? handler<double, false, function> : nullptr;         \
+    return (i).type == Type::kF64 ? handler<double, false, function> : nullptr;          \
   }
 
 Handler unary_function(Instruction& i) {
@@ -149,8 +150,8 @@ void test_property(Step& s) {
   u64* d = s.out(std::size_t{0});
   const bool single = s.instruction.type == Type::kF32;
   s.each([&](int l) {
-    const int kind = single ? std::fpclassify(from_bits<float>(a[l]))
-                            : std::fpclassify(from_bits<double>(a[l]));
+    const int kind =
+        single ? std::fpclassify(from_bits<float>(a[l])) : std::fpclassify(from_bits<double>(a[l]));
     switch (s.instruction.n[0]) {
       case 0:
         d[l] = kind != FP_NAN && kind != FP_INFINITE;

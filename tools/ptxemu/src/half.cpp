@@ -10,9 +10,13 @@ namespace ptxemu {
 Handler decode_half_arithmetic(Instruction& i, Modifiers& m);
 namespace {
 
-double widen(u16 bits, bool bfloat) { return bfloat ? bfloat_to_float(bits) : half_to_float(bits); }
+double widen(u16 bits, bool bfloat) {
+  return bfloat ? bfloat_to_float(bits) : half_to_float(bits);
+}
 
-bool is_nan(u16 bits, bool bfloat) { return std::isnan(widen(bits, bfloat)); }
+bool is_nan(u16 bits, bool bfloat) {
+  return std::isnan(widen(bits, bfloat));
+}
 
 u16 narrow(double value, bool bfloat) {
   return bfloat ? double_to_bfloat(value) : double_to_half(value);

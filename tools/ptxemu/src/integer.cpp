@@ -11,7 +11,8 @@ namespace {
 template <class T>
 using Unsigned = std::make_unsigned_t<T>;
 
-// Unsigned arithmetic wraps without undefined behaviour; u64 keeps small types from promoting to int.
+// Unsigned arithmetic wraps without undefined behaviour; u64 keeps small types from promoting to
+// int.
 constexpr auto kAdd = []<class T>(T a, T b) { return static_cast<T>(u64(a) + u64(b)); };
 constexpr auto kSub = []<class T>(T a, T b) { return static_cast<T>(u64(a) - u64(b)); };
 constexpr auto kMulLow = []<class T>(T a, T b) { return static_cast<T>(u64(a) * u64(b)); };
@@ -50,8 +51,8 @@ constexpr auto kRem = []<class T>(T a, T b) {
   return static_cast<T>(a % b);
 };
 constexpr auto kSaturate = [](i64 v) {
-  return static_cast<i32>(std::clamp<i64>(v, std::numeric_limits<i32>::min(),
-                                          std::numeric_limits<i32>::max()));
+  return static_cast<i32>(
+      std::clamp<i64>(v, std::numeric_limits<i32>::min(), std::numeric_limits<i32>::max()));
 };
 constexpr auto kAddSat = [](i32 a, i32 b) { return kSaturate(i64{a} + b); };
 constexpr auto kSubSat = [](i32 a, i32 b) { return kSaturate(i64{a} - b); };
@@ -70,7 +71,8 @@ void mad_wide(Step& s) {
   const u64 *a = s.in(1), *b = s.in(2), *c = s.in(3);
   u64* d = s.out(std::size_t{0});
   s.each([&](int l) {
-    const u64 product = static_cast<u64>(static_cast<Wide>(from_bits<T>(a[l])) * from_bits<T>(b[l]));
+    const u64 product =
+        static_cast<u64>(static_cast<Wide>(from_bits<T>(a[l])) * from_bits<T>(b[l]));
     d[l] = to_bits(static_cast<Wide>(product + c[l]));
   });
 }

@@ -97,14 +97,14 @@ struct Function {
   std::vector<Instruction> code;
   std::vector<ParameterSlot> parameters;  // formal parameters, in the parameter area
   std::vector<ParameterSlot> returns;     // formal results, in the parameter area
-  u32 parameter_block = 0;  // bytes of a kernel's parameters
-  u32 parameter_area = 0;   // bytes per lane: formal parameters, results, and .param locals
-  u32 local_bytes = 0;      // bytes per lane in .local
-  u32 shared_bytes = 0;     // static, module scope included
+  u32 parameter_block = 0;                // bytes of a kernel's parameters
+  u32 parameter_area = 0;  // bytes per lane: formal parameters, results, and .param locals
+  u32 local_bytes = 0;     // bytes per lane in .local
+  u32 shared_bytes = 0;    // static, module scope included
   u32 registers = 0;
   Dim3 required_block{0, 0, 0}, max_block{0, 0, 0}, cluster{0, 0, 0};
   std::vector<std::pair<u32, u32>> local_symbols;  // register, offset in the frame's .local
-  std::vector<u64> constants;  // rows of 32 equal values
+  std::vector<u64> constants;                      // rows of 32 equal values
 
   // Which agents of the race model a launch needs.
   bool uses_async_copy = false, uses_bulk_copy = false, uses_wgmma = false;
@@ -130,20 +130,49 @@ struct Module {
 
 /// Rows of the special registers, in the order of the rows of Warp::specials.
 enum class Special : u32 {
-  kTidX, kTidY, kTidZ,
-  kNtidX, kNtidY, kNtidZ,
-  kCtaidX, kCtaidY, kCtaidZ,
-  kNctaidX, kNctaidY, kNctaidZ,
-  kLaneid, kWarpid, kNwarpid, kSmid, kNsmid, kGridid,
-  kLanemaskEq, kLanemaskLt, kLanemaskLe, kLanemaskGt, kLanemaskGe,
-  kClusteridX, kClusteridY, kClusteridZ,
-  kNclusteridX, kNclusteridY, kNclusteridZ,
-  kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ,
-  kClusterNctaidX, kClusterNctaidY, kClusterNctaidZ,
-  kClusterCtarank, kClusterNctarank,
-  kDynamicSmemSize, kTotalSmemSize,
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneid,
+  kWarpid,
+  kNwarpid,
+  kSmid,
+  kNsmid,
+  kGridid,
+  kLanemaskEq,
+  kLanemaskLt,
+  kLanemaskLe,
+  kLanemaskGt,
+  kLanemaskGe,
+  kClusteridX,
+  kClusteridY,
+  kClusteridZ,
+  kNclusteridX,
+  kNclusteridY,
+  kNclusteridZ,
+  kClusterCtaidX,
+  kClusterCtaidY,
+  kClusterCtaidZ,
+  kClusterNctaidX,
+  kClusterNctaidY,
+  kClusterNctaidZ,
+  kClusterCtarank,
+  kClusterNctarank,
+  kDynamicSmemSize,
+  kTotalSmemSize,
   kDynamicSharedBase,  // the address of extern .shared arrays
-  kClock, kClockHi, kGlobaltimer,
+  kClock,
+  kClockHi,
+  kGlobaltimer,
   kCount,
 };
 

@@ -57,7 +57,8 @@ Machine::Machine(Module& m, const Function& k, const LaunchConfig& c, const u8* 
   dynamic_base = (kernel.shared_bytes + 1023) / 1024 * 1024;
   const Dim3 g = config.grid, b = config.block, cl = config.cluster;
   const auto refuse = [&](const std::string& why) {
-    throw Error("launch", kernel.name + ", grid " + triple(g) + ", block " + triple(b) + ": " + why);
+    throw Error("launch",
+                kernel.name + ", grid " + triple(g) + ", block " + triple(b) + ": " + why);
   };
   if (g.count() == 0 || b.count() == 0) refuse("an extent is 0");
   if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) refuse("the grid is too large");
@@ -99,9 +100,8 @@ std::unique_ptr<Cluster> Machine::make_cluster(u32 linear) {
     cta->linear = (u64{cta->index.z} * g.y + cta->index.y) * g.x + cta->index.x;
     cta->first_thread = rank * threads_per_cta;
     cta->live_threads = threads_per_cta;
-    cta->shared.assign(config.dynamic_shared ? dynamic_base + config.dynamic_shared
-                                             : kernel.shared_bytes,
-                       0xff);
+    cta->shared.assign(
+        config.dynamic_shared ? dynamic_base + config.dynamic_shared : kernel.shared_bytes, 0xff);
     cta->shadow = std::make_unique<Shadow>(false, true, agents.count);
     cta->shadow->resize(cta->shared.size());
     for (u32 w = 0; w * kWarpSize < threads_per_cta; ++w) make_warp(*cta, w);

@@ -20,7 +20,8 @@ struct Token {
   bool is(std::string_view word) const { return kind == TokenKind::kWord && text == word; }
 };
 
-/// Words hold dots and double colons ("mbarrier.try_wait.parity.shared::cta.b64", ".reg", "%tid.x").
+/// Words hold dots and double colons ("mbarrier.try_wait.parity.shared::cta.b64", ".reg",
+/// "%tid.x").
 std::vector<Token> tokenize(std::string_view source);
 
 }  // namespace ptxemu

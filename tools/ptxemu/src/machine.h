@@ -23,12 +23,12 @@ struct Machine;
 /// One activation of a function for some lanes of a warp.
 struct Frame {
   const Function* function = nullptr;
-  std::vector<u64> registers;   // rows of 32
-  std::vector<u8> parameters;   // 32 parameter areas
+  std::vector<u64> registers;  // rows of 32
+  std::vector<u8> parameters;  // 32 parameter areas
   Frame* caller = nullptr;
   u32 call_pc = 0;
   u32 depth = 0;
-  u32 lanes = 0;                // that are inside, here or in a callee
+  u32 lanes = 0;  // that are inside, here or in a callee
   u32 local_base = 0;
   std::vector<bool> in_flight;  // registers that wgmma is still writing
   std::vector<bool> unfenced;   // registers written since the last wgmma.fence
@@ -74,7 +74,7 @@ struct Warp {
   std::array<std::vector<u8>, kWarpSize> local;
   std::array<AsyncCopies, kWarpSize> async;
   std::array<BulkGroups, kWarpSize> bulk;
-  u32 wgmma_epoch = 1;               // clock of the open wgmma group
+  u32 wgmma_epoch = 1;                                     // clock of the open wgmma group
   std::deque<std::vector<std::vector<u32>>> wgmma_groups;  // committed: accumulators of each
   std::vector<std::vector<u32>> wgmma_open;
   u32 polls = 0;
@@ -100,8 +100,8 @@ struct Mbarrier {
   u32 count = 0;    // arrivals of a phase
   i64 pending = 0;  // still to come
   i64 transactions = 0;
-  u32 phase = 0;    // parity of the current phase
-  u64 phases = 0;   // completed so far
+  u32 phase = 0;   // parity of the current phase
+  u64 phases = 0;  // completed so far
   Clock current, completed;
   std::vector<std::pair<Warp*, u32>> waiting;  // lanes blocked in try_wait, of any CTA
 };
@@ -115,10 +115,10 @@ struct BulkTransfer {
     Cta* source_cta;  // whose shared memory the source is in; null: global memory
   };
   std::vector<Piece> pieces;
-  Cta* cta = nullptr;       // whose shared memory is written
+  Cta* cta = nullptr;  // whose shared memory is written
   Cta* barrier_cta = nullptr;
   u32 barrier = 0;
-  u32 bytes = 0;            // that complete_tx reports
+  u32 bytes = 0;  // that complete_tx reports
   u32 agent = 0, epoch = 0;
 };
 
@@ -171,8 +171,8 @@ struct AgentLayout {
 };
 
 struct Machine {
-  Machine(Module& module, const Function& kernel, const LaunchConfig& config,
-          const u8* parameters, const GlobalMemory& memory, const Options& options);
+  Machine(Module& module, const Function& kernel, const LaunchConfig& config, const u8* parameters,
+          const GlobalMemory& memory, const Options& options);
   Stats run();
 
   Module& module;
@@ -231,9 +231,9 @@ struct Step {
   Warp& warp;
   Frame& frame;
   const Instruction& instruction;
-  u32 mask;            // lanes whose guard holds; the others have gone on
-  u32 where;           // Module-wide index of the instruction
-  bool stay = false;   // the handler has set the program counters itself
+  u32 mask;           // lanes whose guard holds; the others have gone on
+  u32 where;          // Module-wide index of the instruction
+  bool stay = false;  // the handler has set the program counters itself
 
   const u64* in(const Operand& o) const {
     if (o.kind == OperandKind::kRegister) return &frame.registers[std::size_t{o.index} * kWarpSize];
@@ -282,8 +282,8 @@ struct Step {
   struct Place {  // where an address leads
     u8* data = nullptr;
     Space space = Space::kGlobal;
-    Cta* cta = nullptr;   // of shared memory
-    u64 address = 0;      // in its space; of shared memory without the rank
+    Cta* cta = nullptr;  // of shared memory
+    u64 address = 0;     // in its space; of shared memory without the rank
   };
   Place resolve(Space space, u64 address, u32 bytes, bool write, int lane);
   Actor actor(int lane, bool strong = false) const;

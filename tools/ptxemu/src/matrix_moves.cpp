@@ -42,8 +42,7 @@ void load_matrix(Step& s) {
   const int count = s.instruction.n[0];
   std::array<Matrix, 4> matrices;
   for (int l = 0; l < 8 * count; ++l) {
-    const Step::Place place =
-        s.shared(shared_address(s, s.address(1, l), l), 16, false, l, 16);
+    const Step::Place place = s.shared(shared_address(s, s.address(1, l), l), 16, false, l, 16);
     s.record(place, 16, s.actor(l), false, l);
     std::memcpy(matrices[l / 8][l % 8].data(), place.data, 16);
   }

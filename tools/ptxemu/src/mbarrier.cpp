@@ -9,8 +9,8 @@ namespace ptxemu {
 Mbarrier& find_mbarrier(Step& s, Cta& cta, u32 address, int lane) {
   const auto found = cta.mbarriers.find(address);
   if (found == cta.mbarriers.end())
-    s.fail("mbarrier",
-           "no mbarrier.init at shared+" + std::to_string(address) + " before its use", lane);
+    s.fail("mbarrier", "no mbarrier.init at shared+" + std::to_string(address) + " before its use",
+           lane);
   return found->second;
 }
 
@@ -82,12 +82,11 @@ void arrive_on(Step& s) {
     const bool has_operand = i.operands.size() > at + 1;
     const u32 count = has_operand && !i.n[0] ? static_cast<u32>(number(s, at + 1, l)) : 1;
     if (barrier.pending < static_cast<i64>(count))
-      s.fail("mbarrier", "more arrivals than the " + std::to_string(barrier.count) +
-                             " of a phase", l);
+      s.fail("mbarrier", "more arrivals than the " + std::to_string(barrier.count) + " of a phase",
+             l);
     if (at == 1) s.out(std::size_t{0})[l] = barrier.phases;
     if (i.n[0]) barrier.transactions += static_cast<i64>(number(s, at + 1, l));
-    if (i.n[3] && s.machine.options.check_races)
-      s.clocks().release(s.thread(l), barrier.current);
+    if (i.n[3] && s.machine.options.check_races) s.clocks().release(s.thread(l), barrier.current);
     if (i.n[1]) barrier.count -= count;
     arrive(s.machine, barrier, count);
   });
@@ -115,8 +114,7 @@ void wait(Step& s) {
     const u64 wanted = number(s, 2, l);
     const bool done = i.n[0] ? (barrier.phase & 1) != (wanted & 1) : barrier.phases > wanted;
     // a time limit may end a try_wait early, so a random schedule lets it fail now and then
-    const bool gives_up =
-        !i.n[1] || (s.machine.options.seed != 0 && s.machine.draw(4) == 0);
+    const bool gives_up = !i.n[1] || (s.machine.options.seed != 0 && s.machine.draw(2) == 0);
     if (!done && !gives_up) {
       blocked |= 1u << l;
       barriers[l] = &barrier;
@@ -137,7 +135,6 @@ void wait(Step& s) {
     s.warp.waits_for[l] = s.address(1, l) & ((1u << kRankShift) - 1);
   }
 }
-
 
 }  // namespace
 

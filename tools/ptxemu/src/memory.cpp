@@ -13,9 +13,13 @@ std::string hex(u64 value) {
   return text;
 }
 
-std::string size_text(u32 bytes) { return std::to_string(bytes) + " bytes"; }
+std::string size_text(u32 bytes) {
+  return std::to_string(bytes) + " bytes";
+}
 
-std::string verb(bool write) { return write ? "write of " : "read of "; }
+std::string verb(bool write) {
+  return write ? "write of " : "read of ";
+}
 
 }  // namespace
 
@@ -24,7 +28,9 @@ void GlobalMemory::add(const void* address, std::size_t bytes, std::string name,
   ranges_[begin] = {begin, begin + bytes, std::move(name), read_only};
 }
 
-void GlobalMemory::remove(const void* address) { ranges_.erase(reinterpret_cast<u64>(address)); }
+void GlobalMemory::remove(const void* address) {
+  ranges_.erase(reinterpret_cast<u64>(address));
+}
 
 const GlobalMemory::Range* GlobalMemory::find(u64 address) const {
   auto after = ranges_.upper_bound(address);
@@ -162,8 +168,8 @@ void Step::record(const Place& place, u32 bytes, const Actor& who, bool write, i
   const std::string source = machine.module.source(other.location);
   if (!source.empty()) earlier += " (" + source + ")";
   if (verdict.conflict == Conflict::kProxy)
-    fail("proxy",
-         what + " through the async proxy without fence.proxy.async after " + earlier, lane);
+    fail("proxy", what + " through the async proxy without fence.proxy.async after " + earlier,
+         lane);
   fail("race", what + " is not ordered with " + earlier, lane);
 }
 

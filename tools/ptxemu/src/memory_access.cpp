@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// ld, st, atom, red and cache hints (PTX ISA, "Data Movement and Conversion Instructions", "Parallel
-// Synchronization and Communication Instructions: atom, red", and "Memory Consistency Model").
+// ld, st, atom, red and cache hints (PTX ISA, "Data Movement and Conversion Instructions",
+// "Parallel Synchronization and Communication Instructions: atom, red", and "Memory Consistency
+// Model").
 #include <algorithm>
 
 #include "bulk_copy.h"
@@ -10,7 +11,9 @@ namespace ptxemu {
 namespace {
 
 /// n[0]: elements of a vector; n[1]: Order; n[2]: CTA scope; n[3]: operation of an atomic.
-Order order_of(const Instruction& i) { return static_cast<Order>(i.n[1]); }
+Order order_of(const Instruction& i) {
+  return static_cast<Order>(i.n[1]);
+}
 
 std::size_t elements_of(const Operand& o) {
   return o.kind == OperandKind::kVector ? o.elements.size() : 1;
@@ -96,9 +99,8 @@ u64 pairwise_add(u64 a, u64 b, Type type) {
   u32 result = 0;
   for (int shift = 0; shift < 32; shift += 16) {
     const u16 x = static_cast<u16>(a >> shift), y = static_cast<u16>(b >> shift);
-    const u16 sum = type == Type::kF16x2
-                        ? float_to_half(half_to_float(x) + half_to_float(y))
-                        : float_to_bfloat(bfloat_to_float(x) + bfloat_to_float(y));
+    const u16 sum = type == Type::kF16x2 ? float_to_half(half_to_float(x) + half_to_float(y))
+                                         : float_to_bfloat(bfloat_to_float(x) + bfloat_to_float(y));
     result |= u32{sum} << shift;
   }
   return result;
@@ -222,8 +224,9 @@ Handler decode_atomic(Instruction& i, Modifiers& m) {
   i.type = m.type();
   i.strong = true;
   const bool returns = i.parts[0] == "atom";
-  const bool float_extreme = (i.n[3] == kMin || i.n[3] == kMax) &&
-                             (is_float(i.type) || i.type == Type::kF16x2 || i.type == Type::kBf16x2);
+  const bool float_extreme =
+      (i.n[3] == kMin || i.n[3] == kMax) &&
+      (is_float(i.type) || i.type == Type::kF16x2 || i.type == Type::kBf16x2);
   if (i.n[3] < 0 || size_of(i.type) < 2 || i.type == Type::kB128 || float_extreme) return nullptr;
   if (i.operands.size() < (returns ? 3u : 2u) + (i.n[3] == kCas ? 1u : 0u)) return nullptr;
   return returns ? atomic<true> : atomic<false>;

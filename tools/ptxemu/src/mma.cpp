@@ -86,12 +86,11 @@ Handler decode_mma(Instruction& i, Modifiers& m) {
   if (!(d == Type::kF32 || (d == Type::kF16 && a == Type::kF16)) ||
       !(c == Type::kF32 || (c == Type::kF16 && a == Type::kF16)))
     return nullptr;
-  i.n[1] = static_cast<int>(tf32               ? Format::kTf32
-                            : a == Type::kBf16 ? Format::kBf16
-                                               : Format::kF16);
+  i.n[1] = static_cast<int>(tf32 ? Format::kTf32 : a == Type::kBf16 ? Format::kBf16 : Format::kF16);
   const std::size_t registers_a = static_cast<std::size_t>(i.n[0]) * 16 / (tf32 ? 32 : 64);
-  return i.operands.size() == 4 && i.operands[1].elements.size() == registers_a ? multiply_accumulate
-                                                                                : nullptr;
+  return i.operands.size() == 4 && i.operands[1].elements.size() == registers_a
+             ? multiply_accumulate
+             : nullptr;
 }
 
 }  // namespace ptxemu

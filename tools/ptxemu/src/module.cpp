@@ -47,12 +47,12 @@ std::vector<std::string> kernel_names(const Module& module) {
 
 std::vector<Parameter> parameters(const Module& module, const std::string& kernel) {
   static constexpr std::string_view kNames[] = {
-      "none", "pred", "b8",  "b16", "b32", "b64",   "b128",   "u8",   "u16", "u32", "u64",
-      "s8",   "s16",  "s32", "s64", "f16", "bf16",  "f16x2",  "bf16x2", "tf32", "f32", "f64"};
+      "none", "pred", "b8",  "b16", "b32", "b64",  "b128",  "u8",     "u16",  "u32", "u64",
+      "s8",   "s16",  "s32", "s64", "f16", "bf16", "f16x2", "bf16x2", "tf32", "f32", "f64"};
   std::vector<Parameter> result;
   for (const ParameterSlot& slot : module.kernel(kernel).parameters)
-    result.push_back({slot.name, std::string(kNames[static_cast<int>(slot.type)]), slot.offset,
-                      slot.size});
+    result.push_back(
+        {slot.name, std::string(kNames[static_cast<int>(slot.type)]), slot.offset, slot.size});
   return result;
 }
 
@@ -70,8 +70,8 @@ std::vector<Unsupported> unsupported(const Module& module) {
 
 std::pair<void*, std::size_t> variable(const Module& module, const std::string& name) {
   const auto found = module.variables.find(name);
-  if (found == module.variables.end() || (found->second.space != Space::kGlobal &&
-                                          found->second.space != Space::kConst))
+  if (found == module.variables.end() ||
+      (found->second.space != Space::kGlobal && found->second.space != Space::kConst))
     return {nullptr, 0};
   return {reinterpret_cast<void*>(found->second.address), found->second.size};
 }

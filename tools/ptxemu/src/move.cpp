@@ -92,8 +92,10 @@ void map_address(Step& s) {
   s.each([&](int l) {
     const u64 rank = b[l] & 0xffffffffu;
     if (rank >= size)
-      s.fail("bounds", "mapa: rank " + std::to_string(rank) + " in a cluster of " +
-                           std::to_string(size) + " CTAs", l);
+      s.fail("bounds",
+             "mapa: rank " + std::to_string(rank) + " in a cluster of " + std::to_string(size) +
+                 " CTAs",
+             l);
     const u64 ranks = ((u64{1} << 32) - 1) & ~((u64{1} << kRankShift) - 1);
     d[l] = (a[l] & ~ranks) | (rank + 1) << kRankShift;
   });

@@ -7,7 +7,9 @@
 namespace ptxemu {
 namespace {
 
-u64 round_up(u64 value, u64 unit) { return (value + unit - 1) / unit * unit; }
+u64 round_up(u64 value, u64 unit) {
+  return (value + unit - 1) / unit * unit;
+}
 
 Space space_of(const std::string& word) {
   if (word == ".shared") return Space::kShared;
@@ -37,8 +39,8 @@ u64 parse_literal(const std::string& text) {
 }
 
 void Parser::fail(const std::string& message) const {
-  throw Error("parse", "line " + std::to_string(peek().line) + ", at '" + peek().text +
-                           "': " + message);
+  throw Error("parse",
+              "line " + std::to_string(peek().line) + ", at '" + peek().text + "': " + message);
 }
 
 Token Parser::expect(TokenKind kind, const char* what) {

@@ -47,6 +47,8 @@ inline float round_to_odd(double value) {
   if (std::fabs(static_cast<double>(nearest)) > std::fabs(value)) --bits;  // toward zero
   return std::bit_cast<float>(bits | 1);
 }
-inline u16 double_to_bfloat(double value) { return float_to_bfloat(round_to_odd(value)); }
+inline u16 double_to_bfloat(double value) {
+  return float_to_bfloat(round_to_odd(value));
+}
 
 }  // namespace ptxemu

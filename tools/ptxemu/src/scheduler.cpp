@@ -9,10 +9,10 @@
 namespace ptxemu {
 namespace {
 
-constexpr u32 kLongTurn = 2000;   // warp instructions, in order
-constexpr u32 kShortTurn = 64;    // at most, at random
+constexpr u32 kLongTurn = 2000;  // warp instructions, in order
+constexpr u32 kShortTurn = 64;   // at most, at random
 constexpr u32 kPollsPerTurn = 16;
-constexpr u32 kFairness = 64;     // every so many steps of a diverged warp another lane leads
+constexpr u32 kFairness = 64;  // every so many steps of a diverged warp another lane leads
 constexpr u64 kIdleLimit = 2'000'000;
 
 bool is_uniform(const Warp& w) {
@@ -29,8 +29,7 @@ bool is_uniform(const Warp& w) {
 /// lanes together again; now and then another one, so that lanes that wait for each other go on.
 int leader(Machine& machine, Warp& w) {
   const u32 ready = w.live & ~w.blocked;
-  const bool other = machine.options.seed != 0 ? machine.draw(8) == 0
-                                               : ++w.turn % kFairness == 0;
+  const bool other = machine.options.seed != 0 ? machine.draw(8) == 0 : ++w.turn % kFairness == 0;
   if (other) {
     const u32 start = machine.options.seed != 0 ? static_cast<u32>(machine.draw(kWarpSize))
                                                 : w.turn / kFairness % kWarpSize;
@@ -103,7 +102,9 @@ bool Step::converge(u32 needed) {
   return false;
 }
 
-bool Step::converge_all() { return converge(kAllLanes); }
+bool Step::converge_all() {
+  return converge(kAllLanes);
+}
 
 bool Step::converge_full() {
   if (!converge(kAllLanes)) return false;
@@ -261,7 +262,8 @@ void Machine::report_deadlock(const char* why) {
           text += "\n  " + std::to_string(std::popcount(same)) + " lanes: " + reason(wait);
           if (wait == Wait::kBarrier || wait == Wait::kMbarrier)
             text += (wait == Wait::kBarrier ? " " : "") + std::to_string(warp->waits_for[l]);
-          text += ": " + place(*warp, static_cast<u32>(l), code[std::min<u64>(at, code.size() - 1)]);
+          text +=
+              ": " + place(*warp, static_cast<u32>(l), code[std::min<u64>(at, code.size() - 1)]);
           ++lines;
         }
       }
@@ -269,7 +271,8 @@ void Machine::report_deadlock(const char* why) {
   }
   throw Error(options.max_instructions && stats.warp_instructions > options.max_instructions
                   ? "limit"
-                  : diverged ? "barrier" : "deadlock",
+              : diverged ? "barrier"
+                         : "deadlock",
               text);
 }
 

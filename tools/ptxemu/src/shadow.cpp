@@ -104,10 +104,10 @@ Verdict Shadow::check_reads(const Cell& cell, const Actor& actor) const {
   const Crowd& crowd = crowds_[cell.crowd - 1];
   for (u32 agent = 0; agent < agents_; ++agent)
     if (actor.row[agent] < crowd.clocks[agent])
-      return {Conflict::kRace,
-              {actor.cluster, crowd.clocks[agent], static_cast<u16>(agent), false, false,
-               crowd.where},
-              false};
+      return {
+          Conflict::kRace,
+          {actor.cluster, crowd.clocks[agent], static_cast<u16>(agent), false, false, crowd.where},
+          false};
   return {};
 }
 

@@ -22,9 +22,9 @@ struct Actor {
   const u32* row = nullptr;      // what the acting thread knows of its cluster's agents
   const u32* proxied = nullptr;  // the part that the async proxy sees, if that is tracked
   const ForeignClocks* foreign = nullptr;
-  bool strong = false;      // atomic, volatile, relaxed, acquire or release
+  bool strong = false;       // atomic, volatile, relaxed, acquire or release
   bool async_proxy = false;  // TMA, bulk copies, wgmma
-  u32 where = 0;            // Module-wide index of the instruction
+  u32 where = 0;             // Module-wide index of the instruction
 };
 
 /// One remembered access.
@@ -77,7 +77,7 @@ class Shadow {
 
   bool initialised_, exact_readers_;
   u32 agents_;
-  std::vector<Cell> flat_;  // shared memory
+  std::vector<Cell> flat_;                                                        // shared memory
   std::unordered_map<u64, std::unique_ptr<std::array<Cell, kPageWords>>> pages_;  // global memory
   u64 last_page_ = ~u64{0};
   std::array<Cell, kPageWords>* last_cells_ = nullptr;

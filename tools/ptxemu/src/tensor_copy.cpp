@@ -18,8 +18,10 @@ const TensorMap& tensor_map(Step& s, std::size_t operand, int lane) {
   if (map->magic != TensorMap::kMagic)
     s.fail("bounds", "no tensor map is there (encode it with cuTensorMapEncodeTiled)", lane);
   if (map->rank != i.n[0])
-    s.fail("bounds", "a tensor map of rank " + std::to_string(map->rank) + " in a copy of rank " +
-                         std::to_string(i.n[0]), lane);
+    s.fail("bounds",
+           "a tensor map of rank " + std::to_string(map->rank) + " in a copy of rank " +
+               std::to_string(i.n[0]),
+           lane);
   return *map;
 }
 
@@ -119,8 +121,8 @@ void tensor_to_global(Step& s) {
   s.machine.progress++;
   s.each([&](int l) {
     const TensorMap& map = tensor_map(s, 0, l);
-    const Step::Place from = s.shared(s.address(1, l) & (kSharedWindow - 1), box_bytes(map), false,
-                                      l, kBoxAlignment);
+    const Step::Place from =
+        s.shared(s.address(1, l) & (kSharedWindow - 1), box_bytes(map), false, l, kBoxAlignment);
     Actor actor = group_actor(s, l);
     s.record(from, box_bytes(map), actor, false, l);
     actor.strong = i.n[2] >= 0;

@@ -88,9 +88,13 @@ constexpr bool is_float(Type type) {
 
 // --- 16-bit floating point ----------------------------------------------------------------------
 
-inline float half_to_float(u16 bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
+inline float half_to_float(u16 bits) {
+  return static_cast<float>(std::bit_cast<_Float16>(bits));
+}
 
-inline float bfloat_to_float(u16 bits) { return std::bit_cast<float>(u32{bits} << 16); }
+inline float bfloat_to_float(u16 bits) {
+  return std::bit_cast<float>(u32{bits} << 16);
+}
 
 /// Round to nearest even; NaN becomes the canonical NaN of PTX, 0x7fff.
 inline u16 float_to_half(float value) {

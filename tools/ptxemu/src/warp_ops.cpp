@@ -13,8 +13,8 @@ u32 mask_operand(Step& s, std::size_t operand) {
   const u32 first = static_cast<u32>(row[s.first_lane()]);
   s.each([&](int l) {
     if (!(static_cast<u32>(row[l]) >> l & 1))
-      s.fail("barrier", "a lane executes " + s.instruction.parts[0] +
-                            " whose membermask does not name it", l);
+      s.fail("barrier",
+             "a lane executes " + s.instruction.parts[0] + " whose membermask does not name it", l);
   });
   return first;
 }
@@ -57,8 +57,8 @@ void shuffle(Step& s) {
     }
     if (!in_range) source = l;
     if (!(s.mask >> source & 1))
-      s.fail("barrier", "shfl.sync reads lane " + std::to_string(source) +
-                            ", which does not take part", l);
+      s.fail("barrier",
+             "shfl.sync reads lane " + std::to_string(source) + ", which does not take part", l);
     result[l] = zero_extend(values[source], 4);
     inside[l] = in_range;
   });
@@ -110,8 +110,8 @@ void reduce(Step& s) {
   const bool negative = is_signed(i.type);
   for (u32 rest = s.mask & (s.mask - 1); rest != 0; rest &= rest - 1) {
     const u32 value = static_cast<u32>(a[std::countr_zero(rest)]);
-    const bool is_less = negative ? static_cast<i32>(value) < static_cast<i32>(result)
-                                  : value < result;
+    const bool is_less =
+        negative ? static_cast<i32>(value) < static_cast<i32>(result) : value < result;
     switch (i.n[0]) {
       case 0:
         result += value;

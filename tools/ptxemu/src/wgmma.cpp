@@ -2,10 +2,10 @@
 // wgmma (PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions"; layouts
 // from "Matrix descriptor format" and "Shared memory matrix layout").
 //
-// Each of the four warps computes its 16 rows when it executes the instruction. Until wait_group its
-// accumulators are in flight and may not be touched, and its reads of shared memory count as reads
-// of an agent of its own, so that refilling the operands too early is a race. The rounding model is
-// that of mma.cpp.
+// Each of the four warps computes its 16 rows when it executes the instruction. Until wait_group
+// its accumulators are in flight and may not be touched, and its reads of shared memory count as
+// reads of an agent of its own, so that refilling the operands too early is a race. The rounding
+// model is that of mma.cpp.
 #include <algorithm>
 #include <vector>
 
