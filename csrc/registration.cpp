@@ -56,6 +56,14 @@ Tensor cell_block_sums_cpu(const Tensor, const Tensor, int64_t, int64_t, double)
 std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_lists_cpu(const Tensor, const Tensor, int64_t,
                                                             int64_t, int64_t, double, int64_t, bool,
                                                             double, int64_t);
+std::tuple<Tensor, Tensor> nearest_centroids_cpu(const Tensor, const Tensor, const OptionalTensor,
+                                                 const OptionalTensor, const OptionalTensor);
+std::tuple<Tensor, Tensor> cluster_members_cpu(const Tensor, int64_t);
+Tensor cluster_means_cpu(const Tensor, const OptionalTensor, const Tensor, const Tensor);
+Tensor centroid_scores_cpu(const Tensor, const Tensor, const Tensor, const OptionalTensor,
+                           const OptionalTensor, int64_t, double, bool);
+std::tuple<Tensor, Tensor, Tensor> centroid_lists_cpu(const Tensor, const Tensor, const Tensor,
+                                                      double, int64_t);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -91,6 +99,11 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("list_blocks(Tensor mask, int block_n) -> (Tensor counts, Tensor indices)");
   m.def("cell_block_sums(Tensor cells, Tensor limits, int tile_cells, int block_cells, float scale) -> Tensor");
   m.def("anchor_lists(Tensor q, Tensor k, int block, int step, int sink, float theta, SymInt q_offset, bool causal, float softmax_scale, int block_n) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
+  m.def("nearest_centroids(Tensor keys, Tensor centroids, Tensor? labels, Tensor? scores, Tensor? changed) -> (Tensor labels, Tensor scores)");
+  m.def("cluster_members(Tensor labels, SymInt clusters) -> (Tensor indptr, Tensor members)");
+  m.def("cluster_means(Tensor keys, Tensor? weights, Tensor indptr, Tensor members) -> Tensor");
+  m.def("centroid_scores(Tensor q, Tensor centroids, Tensor counts, Tensor? parents, Tensor? kept, SymInt tile_rows, float softmax_scale, bool reduce_max) -> Tensor");
+  m.def("centroid_lists(Tensor scores, Tensor indptr, Tensor members, float threshold, int budget) -> (Tensor keep, Tensor counts, Tensor indices)");
   m.def("cpu_capability() -> str");
 }
 
@@ -111,6 +124,11 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("block_threshold", TORCH_BOX(&sparse_attn::ops::block_threshold_cpu));
   m.impl("list_blocks", TORCH_BOX(&sparse_attn::ops::list_blocks_cpu));
   m.impl("cell_block_sums", TORCH_BOX(&sparse_attn::ops::cell_block_sums_cpu));
+  m.impl("nearest_centroids", TORCH_BOX(&sparse_attn::ops::nearest_centroids_cpu));
+  m.impl("cluster_members", TORCH_BOX(&sparse_attn::ops::cluster_members_cpu));
+  m.impl("cluster_means", TORCH_BOX(&sparse_attn::ops::cluster_means_cpu));
+  m.impl("centroid_scores", TORCH_BOX(&sparse_attn::ops::centroid_scores_cpu));
+  m.impl("centroid_lists", TORCH_BOX(&sparse_attn::ops::centroid_lists_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {

@@ -12,12 +12,15 @@ from sparse_attn.attention import (
     merge_states,
 )
 from sparse_attn.backends import UnsupportedError
+from sparse_attn.centroid_attention import centroid_attention
 from sparse_attn.explain import Explanation, explain
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import (
     AnchorAttention,
     AShape,
     BlockSparse,
+    CentroidIndex,
+    CentroidLookup,
     Dense,
     Dilated,
     FlexPrefill,
@@ -37,6 +40,7 @@ from sparse_attn.patterns import (
     VerticalSlash,
     XAttention,
     block_scores_index,
+    calibrate_threshold,
     presets,
 )
 from sparse_attn.stages import Stage, attention_stages, dual_chunk_attention
@@ -47,6 +51,8 @@ __all__ = [
     "AShape",
     "AnchorAttention",
     "BlockSparse",
+    "CentroidIndex",
+    "CentroidLookup",
     "Dense",
     "Density",
     "Dilated",
@@ -77,6 +83,8 @@ __all__ = [
     "attention_stages",
     "attention_varlen",
     "block_scores_index",
+    "calibrate_threshold",
+    "centroid_attention",
     "dual_chunk_attention",
     "explain",
     "merge_states",

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_attn import backends, ops
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns import Pattern, resolve
+from sparse_attn.patterns.per_head import same_tiles
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -439,11 +440,17 @@ def _ranges_index(
     for s, (q_start, q_len, k_start, k_len, q_offset) in enumerate(seq_ranges.tolist()):
         b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
         rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
-        member = chosen.of_sequence(s)
         parts.append(
-            build_index(member, q[b, :, rows], k[b, :, keys], causal, softmax_scale, q_offset)
+            build_index(
+                chosen.of_sequence(s),
+                q[b, :, rows],
+                k[b, :, keys],
+                causal,
+                softmax_scale,
+                q_offset,
+            )
         )
-    return SparseIndex.stack(parts)
+    return SparseIndex.stack(same_tiles(parts))
 
 
 def _is_block_mask(pattern: Any) -> bool:

@@ -62,6 +62,9 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
         block=16, local_blocks=1, vert_stride=7, offset=2, dense_heads=1
     ),
     "HiPState": lambda: sparse_attn.HiPState(sparse_attn.HiP(mask_k=32, window=40, sink=3)),
+    "CentroidLookup": lambda: sparse_attn.CentroidLookup(
+        percentile=0.6, ratio=0.2, observation_window=12
+    ),
     "PerHead": lambda: PerHead(
         {0: sparse_attn.Dense(), 2: sparse_attn.VerticalSlash(vertical=20, slash=110)},
         default=sparse_attn.AShape(sink=4, window=24),
@@ -86,6 +89,7 @@ PRESETS: dict[str, Callable[[], Pattern]] = {
     "seer": lambda: presets.seer(gate(64), threshold=0.1),
     "sparge": presets.sparge,
     "xattention": presets.xattention,
+    "squeezed": presets.squeezed,
     "streaming_llm": presets.streaming_llm,
     "tri_shape": presets.tri_shape,
 }

@@ -67,6 +67,19 @@ constexpr int grad_pitch(int dim) {
 // What becomes of a run of rows: kDirection is the mean of rows divided by their norms.
 enum class Pool : int32_t { kMean, kMin, kMax, kDirection };
 
+constexpr int kNearestRows = 256;  // keys that a block of nearest holds at most
+
+// Keys in search of their nearest centroid.
+struct NearestBlock {
+  DType dtype;
+  int32_t count;
+  int32_t dim;
+  const char* rows[kNearestRows];
+  alignas(64) float best[kNearestRows];     // the greatest product so far
+  alignas(64) int32_t label[kNearestRows];  // and whose it is
+  alignas(64) float packed[kNearestRows * kMaxHeadDim];
+};
+
 struct Kernels {
   const char* name;
   // Tiles of any number of rows, vectorised over rows.
@@ -90,6 +103,13 @@ struct Kernels {
   void (*window_reduce)(const float* probs, const float* factor, int rows, const KeyChunk&,
                         int64_t first_position, bool maximum, float* columns, float* diagonals,
                         int64_t distances);
+  // Clustering and centroid lookup (centroid_tile.h).
+  void (*nearest)(NearestBlock&, const float* centroids, const int32_t* ids, int64_t n);
+  void (*dim_score)(Tile&, const KeyChunk&);
+  void (*add_shares)(float* s, const float* counts, int64_t n, float scale, float weight,
+                     float* out);
+  void (*add_rows)(const char* base, int64_t stride_bytes, const int32_t* rows, int64_t count,
+                   const float* weights, int dim, DType dtype, float* out);
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&);
   void (*backward_finish)(BackwardTile&);

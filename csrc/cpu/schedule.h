@@ -126,6 +126,18 @@ void deal(const Executor& executor, int64_t n, Work work) {
   });
 }
 
+// As `deal`, with something of its own for each thread: make() is called once a thread, work(i,
+// made) for each i.
+template <class Make, class Work>
+void deal_with(const Executor& executor, int64_t n, Make make, Work work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(executor.num_threads, n);
+  executor.run(workers, [&](int64_t) {
+    auto made = make();
+    for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1)) work(i, made);
+  });
+}
+
 // Checks the lists that a unit's tile reads.
 inline IndexFault check_unit_tile(const AttentionParams& params, const Unit& unit,
                                   const TileShape& shape) {

@@ -2,6 +2,7 @@
 // The body of an instruction set's translation unit: one table of its kernels. The including file
 // defines SPARSE_ATTN_ISA, the namespace, table and capability name.
 #include "backward_tile.h"
+#include "centroid_tile.h"
 #include "dim_tile.h"
 #include "pool_tile.h"
 #include "row_tile.h"
@@ -37,6 +38,10 @@ const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
     .window_attend = SPARSE_ATTN_ISA::window_attend,
     .window_factors = SPARSE_ATTN_ISA::window_factors,
     .window_reduce = SPARSE_ATTN_ISA::window_reduce,
+    .nearest = SPARSE_ATTN_ISA::nearest,
+    .dim_score = SPARSE_ATTN_ISA::dim_score,
+    .add_shares = SPARSE_ATTN_ISA::add_shares,
+    .add_rows = SPARSE_ATTN_ISA::add_rows,
     .backward_begin = SPARSE_ATTN_ISA::backward_begin,
     .backward_attend = SPARSE_ATTN_ISA::backward_attend,
     .backward_finish = SPARSE_ATTN_ISA::backward_finish,

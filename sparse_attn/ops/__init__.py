@@ -15,6 +15,13 @@ from sparse_attn.ops.blocks import (
     list_blocks,
     pool_blocks,
 )
+from sparse_attn.ops.centroids import (
+    centroid_lists,
+    centroid_scores,
+    cluster_means,
+    cluster_members,
+    nearest_centroids,
+)
 from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
 from sparse_attn.ops.library import cpu_capability
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
@@ -27,11 +34,16 @@ __all__ = [
     "block_top_k",
     "block_top_p",
     "cell_block_sums",
+    "centroid_lists",
+    "centroid_scores",
+    "cluster_means",
+    "cluster_members",
     "cpu_capability",
     "hip_stage",
     "hip_tree",
     "leaf_lists",
     "list_blocks",
+    "nearest_centroids",
     "pool_blocks",
     "top_k",
     "vertical_slash_lists",

@@ -5,6 +5,8 @@ from sparse_attn.patterns import presets
 from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
+from sparse_attn.patterns.centroid_index import CentroidIndex
+from sparse_attn.patterns.centroid_lookup import CentroidLookup, calibrate_threshold
 from sparse_attn.patterns.flexprefill import FlexPrefill
 from sparse_attn.patterns.gated_blocks import GatedBlocks, block_scores_index
 from sparse_attn.patterns.hip import HiP, HiPStage, InfiniteHiP
@@ -22,6 +24,8 @@ __all__ = [
     "AShape",
     "AnchorAttention",
     "BlockSparse",
+    "CentroidIndex",
+    "CentroidLookup",
     "Dense",
     "Dilated",
     "FlexPrefill",
@@ -41,6 +45,7 @@ __all__ = [
     "VerticalSlash",
     "XAttention",
     "block_scores_index",
+    "calibrate_threshold",
     "pattern_names",
     "presets",
     "resolve",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -61,10 +62,18 @@ class Pattern(ABC):
     def of_sequence(self, sequence: int) -> Pattern:
         """What stands for this pattern where sequences are built one by one (padding, varlen).
 
-        That is the pattern itself, unless it has a memory.
+        That is the pattern itself, unless it holds something of every sequence.
 
         Args:
             sequence: number of the sequence, from 0.
+        """
+        return self
+
+    def of_heads_kv(self, heads: Sequence[int]) -> Pattern:
+        """What stands for this pattern where `build` sees some KV heads only (`PerHead`).
+
+        Args:
+            heads: the KV heads, in the order in which k will have them.
         """
         return self
 

@@ -60,11 +60,10 @@ class PerHead(Pattern):
         if default is not None:
             _check_member("default", default)
         pairs.sort(key=lambda pair: pair[0])
-        members = [pattern for _, pattern in pairs] + ([] if default is None else [default])
         object.__setattr__(self, "patterns", tuple(pairs))
         object.__setattr__(self, "default", default)
         # An instance knows better than its class: it reads the data only if a member does.
-        object.__setattr__(self, "data_dependent", any(p.data_dependent for p in members))
+        object.__setattr__(self, "data_dependent", any(p.data_dependent for p in self._members()))
 
     def pattern_of(self, head: int) -> Pattern:
         """The pattern of one query head.
@@ -78,6 +77,17 @@ class PerHead(Pattern):
                 f"sparse_attn.PerHead: head {head} has no pattern; add one, or pass a default."
             )
         return pattern
+
+    def of_sequence(self, sequence: int) -> PerHead:
+        """See `Pattern.of_sequence`: every member's own."""
+        members = {id(p): p.of_sequence(sequence) for p in self._members()}
+        return PerHead(
+            {head: members[id(p)] for head, p in self.patterns},
+            None if self.default is None else members[id(self.default)],
+        )
+
+    def _members(self) -> list[Pattern]:
+        return [p for _, p in self.patterns] + ([] if self.default is None else [self.default])
 
     def check_num_heads(self, num_heads: int) -> None:
         """Raises ValueError unless the patterns fit `num_heads` query heads."""
@@ -112,21 +122,19 @@ class PerHead(Pattern):
         groups = self._groups(num_heads)
         parts = []
         for pattern, heads in groups:
-            q_part, k_part = _heads_of(q, k, heads, reads_data=pattern.data_dependent)
+            q_part, k_part = q, k
+            if len(heads) < num_heads:
+                q_part, of = _heads_of(q, k, heads, reads_data=pattern.data_dependent)
+                k_part, pattern = k[:, of], pattern.of_heads_kv(of)
             index = pattern.build(
                 q_part, k_part, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
             )
             parts.append(index.expand_heads(len(heads)))
         order = [head for _, heads in groups for head in heads]
-        index = SparseIndex.cat_heads(_same_tiles(parts))
+        index = SparseIndex.cat_heads(same_tiles(parts))
         if order == sorted(order):
             return index
         return index.select_heads([order.index(head) for head in range(num_heads)])
-
-    def of_sequence(self, sequence: int) -> PerHead:
-        """See `Pattern.of_sequence`: every member's own."""
-        default = None if self.default is None else self.default.of_sequence(sequence)
-        return PerHead({h: p.of_sequence(sequence) for h, p in self.patterns}, default)
 
     def _groups(self, num_heads: int) -> list[tuple[Pattern, list[int]]]:
         """Every pattern and its heads. A pattern with a memory equals itself alone, unhashed."""
@@ -154,12 +162,12 @@ def _pairs(patterns: object) -> list[tuple[int, Pattern]]:
     )
 
 
-def _heads_of(q: Tensor, k: Tensor, heads: list[int], *, reads_data: bool) -> tuple[Tensor, Tensor]:
-    """The query heads `heads` and KV heads that fit them by the rule h // group."""
-    if len(heads) == q.shape[1]:
-        return q, k
+def _heads_of(
+    q: Tensor, k: Tensor, heads: list[int], *, reads_data: bool
+) -> tuple[Tensor, list[int]]:
+    """The query heads `heads`, and numbers of KV heads that fit them by the rule h // group."""
     if not reads_data:
-        return q[:, : len(heads)], k[:, :1]
+        return q[:, : len(heads)], [0]
     group = q.shape[1] // k.shape[1]
     of = [head // group for head in heads]
     q_part = q[:, heads]
@@ -167,11 +175,11 @@ def _heads_of(q: Tensor, k: Tensor, heads: list[int], *, reads_data: bool) -> tu
     used = sorted(set(of))
     size = len(heads) // len(used)
     if of == [head for head in used for _ in range(size)]:
-        return q_part, k[:, used]
-    return q_part, k[:, of]
+        return q_part, used
+    return q_part, of
 
 
-def _same_tiles(parts: list[SparseIndex]) -> list[SparseIndex]:
+def same_tiles(parts: list[SparseIndex]) -> list[SparseIndex]:
     """The same indexes with one block_m and block_n, refined where they differ."""
     listed = [part for part in parts if not part.is_list_free] or parts
     block_m = math.gcd(*(part.block_m for part in listed))

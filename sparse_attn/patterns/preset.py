@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -45,3 +46,11 @@ class Preset(Pattern):
         return self.pattern.build(
             q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
         )
+
+    def of_sequence(self, sequence: int) -> Preset:
+        """See `Pattern.of_sequence`."""
+        return replace(self, pattern=self.pattern.of_sequence(sequence))
+
+    def of_heads_kv(self, heads: Sequence[int]) -> Preset:
+        """See `Pattern.of_heads_kv`."""
+        return replace(self, pattern=self.pattern.of_heads_kv(heads))

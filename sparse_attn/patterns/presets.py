@@ -21,6 +21,8 @@ from sparse_attn.patterns.block_presets import (
     sparge,
     xattention,
 )
+from sparse_attn.patterns.centroid_index import CentroidIndex
+from sparse_attn.patterns.centroid_lookup import CentroidLookup
 from sparse_attn.patterns.hip import HiP, InfiniteHiP
 from sparse_attn.patterns.per_head import PerHead
 from sparse_attn.patterns.preset import Preset
@@ -47,6 +49,7 @@ __all__ = [
     "s2",
     "seer",
     "sparge",
+    "squeezed",
     "streaming_llm",
     "tri_shape",
     "xattention",
@@ -344,5 +347,51 @@ def anchor_attention(theta: float = 12.0, step: int = 16) -> Preset:
             "anchor's attention and resumes it.",
             "Any length, and rows that do not begin at a superblock; the original runs dense "
             "attention on what is left over.",
+        ),
+    )
+
+
+def squeezed(
+    index: CentroidIndex | None = None,
+    percentile: float = 0.7,
+    *,
+    threshold: float | None = None,
+    coarse_percentile: float | None = None,
+) -> Preset:
+    """Squeezed Attention: keys of a fixed prefix by the score of their cluster.
+
+    Args:
+        index: clusters of the prefix, `CentroidIndex.fit(keys, ratio=0.05)`; None to cluster what
+            stands in front of a call's rows at every call, which is for trying the method out.
+        percentile: share of the prefix's keys to leave out, over all heads of the call.
+        threshold: the calibrated threshold instead (`calibrate_threshold`), for all layers.
+        coarse_percentile: for the lookup in two levels, the share that the coarse clusters leave
+            out; `index` must have two levels.
+    """
+    lookup = CentroidLookup(
+        index=index,
+        percentile=None if threshold is not None else percentile,
+        threshold=threshold,
+        coarse_percentile=coarse_percentile,
+    )
+    return Preset(
+        "squeezed",
+        lookup,
+        "Hooper et al. 2024, arXiv:2411.09688",
+        (
+            "Clusters are found by spherical k-means, whose directions are unit vectors; the "
+            "original runs ordinary k-means on unit keys.",
+            "k-means++ draws its centroids in eight rounds, not one by one, and Lloyd's algorithm "
+            "stops after ten iterations.",
+            "Keys are clustered per KV head, and a cluster's score is the mean over the query "
+            "heads of its group; the original has no grouped heads.",
+            "The observation window is always kept; the original drops it from 1 / threshold "
+            "queries on.",
+            "Without a calibrated threshold the quantile is taken over the scores of the call "
+            "itself, not over those of the prefix's last queries.",
+            "In two levels the fine clusters under a dropped coarse one are not scored at all, "
+            "calibration uses the same denominator as the lookup, and a coarse centroid is the "
+            "mean of all its keys; the original scores all, calibrates without the restriction, "
+            "and takes the mean of the fine centroids.",
         ),
     )

@@ -14,6 +14,14 @@ from sparse_attn.selection.blocks import (
     blocks_index,
     group_to_kv,
 )
+from sparse_attn.selection.centroids import (
+    centroid_lists,
+    centroid_scores,
+    cluster_means,
+    cluster_members,
+    nearest_centroids,
+    spherical_kmeans,
+)
 from sparse_attn.selection.estimators import (
     bands,
     column_sums,
@@ -42,6 +50,10 @@ __all__ = [
     "block_top_k",
     "block_top_p",
     "blocks_index",
+    "centroid_lists",
+    "centroid_scores",
+    "cluster_means",
+    "cluster_members",
     "column_sums",
     "diagonal_maxima",
     "diagonal_sums",
@@ -49,8 +61,10 @@ __all__ = [
     "mean_pool",
     "minmax_bound_scores",
     "minmax_pool",
+    "nearest_centroids",
     "pool",
     "pooled_scores",
+    "spherical_kmeans",
     "threshold_mask",
     "top_k_indices",
     "top_k_mask",
