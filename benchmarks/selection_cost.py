@@ -108,6 +108,22 @@ def dilated(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.Dilated(window=1024, sink=64)
 
 
+def hip_leaves_of_64(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.HiP(
+        mask_k=max(1, k.shape[2] // 4096) * 64, block_k=64, stride_k=16, stride_q=4
+    )
+
+
+@case
+def hip(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.HiP()
+
+
+@case
+def infinite_hip(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.InfiniteHiP()
+
+
 def inputs(seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [1, 1, seqlen, HEAD_DIM]: noise about a drifting topic, as neighbours are alike.
 

@@ -60,12 +60,20 @@ Workspace& workspace() {
   return *space;
 }
 
+// Rows of K that are scored, by number: all of them, or a copy of those that may be.
+struct KeyRows {
+  TensorView rows;  // [batch, num_heads_kv, rows, head_dim]
+  DType dtype;
+  bool packed = false;
+};
+
 // One list's tile: its rows, and the scores of keys against them.
 class TileSearch {
  public:
-  TileSearch(const AttentionParams& params, const Kernels& kernels, const HipSearch& search,
-             bool averaged, int64_t batch, int64_t list, int64_t tile)
+  TileSearch(const AttentionParams& params, const KeyRows& keys, const Kernels& kernels,
+             const HipSearch& search, bool averaged, int64_t batch, int64_t list, int64_t tile)
       : p_(params),
+        k_(keys),
         kernels_(kernels),
         search_(search),
         averaged_(averaged),
@@ -104,15 +112,17 @@ class TileSearch {
     }
   }
 
-  // space.scores[i] = max over the taken rows of softmax_scale * q . k[space.positions[i]].
+  // space.scores[i] = max over the taken rows of softmax_scale * q . keys[space.positions[i]].
   void score_positions() {
     const int64_t n = static_cast<int64_t>(space.positions.size());
     space.scores.assign(n, -INFINITY);
     for (size_t b = 0; b < space.batches.size(); ++b) {
+      keys_ = row_pointer(k_.rows, batch_, space.batches[b].head / group_, 0, key_width());
+      prefetch_keys(0, std::min<int64_t>(kChunkKeys, n));
       load_rows(b);
       for (int64_t i = 0; i < n; i += kChunkKeys) {
-        load_keys(space.batches[b].head / group_, i, std::min<int64_t>(kChunkKeys, n - i));
         prefetch_keys(i + kChunkKeys, std::min<int64_t>(i + 2 * kChunkKeys, n));
+        load_keys(i, std::min<int64_t>(kChunkKeys, n - i));
         kernels_.score_max(space.tile, space.chunk, space.scores.data() + i);
       }
     }
@@ -157,31 +167,32 @@ class TileSearch {
     return reinterpret_cast<const char*>(to);
   }
 
-  void load_keys(int64_t head_kv, int64_t first, int64_t count) {
-    keys_ = row_pointer(p_.k, batch_, head_kv, 0, element_size(p_.dtype));
+  void load_keys(int64_t first, int64_t count) {
     KeyChunk& c = space.chunk;
     c.count = static_cast<int32_t>(count);
     for (int64_t i = 0; i < count; ++i) {
       c.k[i] = key(first + i);
-      if (p_.dtype == DType::kFloat32) continue;
+      if (k_.dtype == DType::kFloat32) continue;
       float* to = space.tile.k_wide + i * kMaxHeadDim;
-      kernels_.widen(c.k[i], to, p_.head_dim, p_.dtype);
+      kernels_.widen(c.k[i], to, p_.head_dim, k_.dtype);
       c.k[i] = reinterpret_cast<const char*>(to);
     }
     for (int i = 0; i < kKeyPadding; ++i) c.k[count + i] = c.k[count - 1];
   }
 
   void prefetch_keys(int64_t begin, int64_t end) const {
-    const int64_t bytes = p_.head_dim * element_size(p_.dtype);
+    const int64_t bytes = p_.head_dim * key_width();
     for (int64_t i = begin; i < end; ++i)
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(key(i) + at, 0, 2);
   }
 
   const char* key(int64_t i) const {
-    return keys_ + space.positions[i] * p_.k.row_stride * element_size(p_.dtype);
+    return keys_ + space.positions[i] * k_.rows.row_stride * key_width();
   }
+  int64_t key_width() const { return element_size(k_.dtype); }
 
   const AttentionParams& p_;
+  const KeyRows& k_;
   const Kernels& kernels_;
   const HipSearch& search_;
   bool averaged_;
@@ -225,8 +236,37 @@ void write_starts(const std::vector<int32_t>& from, int64_t capacity, int64_t at
   std::fill(starts + at * capacity + from.size(), starts + (at + 1) * capacity, -1);
 }
 
+int64_t keys_of_leaf(const HipTree& tree) {
+  return (tree.leaf + tree.stride_k - 1) / tree.stride_k;
+}
+
+// A copy of every stride_k-th key of the leaves, if the tiles together score more keys than that:
+// neighbours in place of rows that lie a page apart, and widened once.
+KeyRows pack_keys(const AttentionParams& p, const Kernels& kernels, const HipSearch& shape,
+                  const HipTree& tree, const Executor& executor, std::unique_ptr<float[]>& memory) {
+  const int64_t tiles = (p.seqlen_q + shape.block_m - 1) / shape.block_m;
+  const int64_t per_leaf = keys_of_leaf(tree);
+  const int64_t leaves = std::max<int64_t>(p.seqlen_k - shape.sink, 0) / tree.leaf + 1;
+  if (tree.stride_k == 1 || tiles * tree.groups < leaves) return {p.k, p.dtype};
+  const int64_t head_size = leaves * per_leaf * p.head_dim;
+  memory.reset(new float[p.num_sequences * p.num_heads_kv * head_size]);
+  deal(executor, p.num_sequences * p.num_heads_kv, [&](int64_t i) {
+    for (int64_t row = 0; row < leaves * per_leaf; ++row) {
+      const int64_t key = shape.sink + row / per_leaf * tree.leaf + row % per_leaf * tree.stride_k;
+      if (key >= p.seqlen_k) continue;  // never scored
+      kernels.widen(
+          row_pointer(p.k, i / p.num_heads_kv, i % p.num_heads_kv, key, element_size(p.dtype)),
+          memory.get() + i * head_size + row * p.head_dim, p.head_dim, p.dtype);
+    }
+    return true;
+  });
+  const TensorView rows{reinterpret_cast<char*>(memory.get()), p.num_heads_kv * head_size,
+                        head_size, p.head_dim};
+  return {rows, DType::kFloat32, true};
+}
+
 // Splits every piece in two, scores the halves that are new and keeps the best.
-void split_pieces(TileSearch& search, const HipTree& tree, int64_t sink, int64_t end) {
+void split_pieces(TileSearch& search, const HipTree& tree, int64_t sink, int64_t end, bool packed) {
   Workspace& space = search.space;
   space.halves.clear();
   space.positions.clear();
@@ -237,9 +277,10 @@ void split_pieces(TileSearch& search, const HipTree& tree, int64_t sink, int64_t
     space.halves.push_back({begin, half_end, representative, known ? parent.score : -INFINITY});
     if (known) return;
     const int64_t first = sink + representative * tree.leaf;
-    const int64_t last = std::min(first + tree.leaf, end);
-    for (int64_t key = first; key < last; key += tree.stride_k) {
-      space.positions.push_back(static_cast<int32_t>(key));
+    const int64_t count = (std::min(tree.leaf, end - first) + tree.stride_k - 1) / tree.stride_k;
+    const int64_t row = packed ? representative * keys_of_leaf(tree) : first;
+    for (int64_t i = 0; i < count; ++i) {
+      space.positions.push_back(static_cast<int32_t>(row + i * (packed ? 1 : tree.stride_k)));
       space.owners.push_back(static_cast<int32_t>(space.halves.size() - 1));
     }
   };
@@ -257,7 +298,8 @@ void split_pieces(TileSearch& search, const HipTree& tree, int64_t sink, int64_t
   space.pieces.swap(space.halves);
 }
 
-void tree_tile(TileSearch& search, const HipSearch& shape, const HipTree& tree, int64_t seqlen_k) {
+void tree_tile(TileSearch& search, const HipSearch& shape, const HipTree& tree, int64_t seqlen_k,
+               bool packed) {
   Workspace& space = search.space;
   const int64_t end = std::min(search.end_position() - shape.window, seqlen_k);
   const int64_t leaves = end > shape.sink ? (end - shape.sink + tree.leaf - 1) / tree.leaf : 0;
@@ -269,7 +311,7 @@ void tree_tile(TileSearch& search, const HipSearch& shape, const HipTree& tree, 
   const auto wide = [](const Piece& piece) { return piece.end - piece.begin > 1; };
   if (leaves > pieces) search.take_heads(search.first_head(), search.last_head());
   while (std::any_of(space.pieces.begin(), space.pieces.end(), wide))
-    split_pieces(search, tree, shape.sink, end);
+    split_pieces(search, tree, shape.sink, end, packed);
   space.positions.clear();
   for (const Piece& piece : space.pieces)
     space.positions.push_back(static_cast<int32_t>(shape.sink + piece.begin * tree.leaf));
@@ -356,9 +398,11 @@ void stage_tile(TileSearch& search, const HipSearch& shape, const HipStage& stag
 void hip_tree(const AttentionParams& p, const HipSearch& shape, const HipTree& tree,
               int32_t* starts, int32_t* counts, const Executor& executor) {
   const Kernels& table = kernels();
+  std::unique_ptr<float[]> memory;
+  const KeyRows keys = pack_keys(p, table, shape, tree, executor, memory);
   deal_tiles(p, shape, executor, [&](int64_t batch, int64_t list, int64_t tile, int64_t at) {
-    TileSearch search(p, table, shape, false, batch, list, tile);
-    tree_tile(search, shape, tree, p.seqlen_k);
+    TileSearch search(p, keys, table, shape, false, batch, list, tile);
+    tree_tile(search, shape, tree, p.seqlen_k, keys.packed);
     write_starts(search.space.positions, tree.groups, at, starts, counts);
   });
 }
@@ -366,8 +410,9 @@ void hip_tree(const AttentionParams& p, const HipSearch& shape, const HipTree& t
 void hip_stage(const AttentionParams& p, const HipSearch& shape, const HipStage& stage,
                int32_t* starts, int32_t* counts, const Executor& executor) {
   const Kernels& table = kernels();
+  const KeyRows keys{p.k, p.dtype};
   deal_tiles(p, shape, executor, [&](int64_t batch, int64_t list, int64_t tile, int64_t at) {
-    TileSearch search(p, table, shape, true, batch, list, tile);
+    TileSearch search(p, keys, table, shape, true, batch, list, tile);
     stage_tile(search, shape, stage, at, p.seqlen_k);
     write_starts(search.space.positions, stage.keep, at, starts, counts);
   });
