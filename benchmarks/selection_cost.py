@@ -108,6 +108,7 @@ def dilated(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.Dilated(window=1024, sink=64)
 
 
+@case
 def hip_leaves_of_64(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.HiP(
         mask_k=max(1, k.shape[2] // 4096) * 64, block_k=64, stride_k=16, stride_q=4
