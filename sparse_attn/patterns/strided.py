@@ -17,6 +17,10 @@ from sparse_attn.lists import indptr_from_counts, pack_bits
 from sparse_attn.patterns.base import Pattern, check_int, check_qk, offset_or_default
 from sparse_attn.patterns.slash_lists import slash_lists
 from sparse_attn.selection import bands
+from sparse_attn.selection.estimators import MAX_BAND_ELEMENTS
+
+# On a CPU, temporaries of this many elements stay in cache.
+_CPU_BAND_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,8 @@ class StridedBlocks(Pattern):
         own = torch.arange(tiles, device=q.device)[:, None] + (q_offset - beyond) // self.block
         key_block = torch.arange(blocks, device=q.device)
         counts, indices, masks = [], [], []
-        for outer, inner in bands(heads, tiles, blocks):
+        most = _CPU_BAND_ELEMENTS if q.device.type == "cpu" else MAX_BAND_ELEMENTS
+        for outer, inner in bands(heads, tiles, blocks, most):
             head = torch.arange(outer.start, outer.stop, device=q.device)[:, None, None]
             column = (key_block + head * step + self.offset) % self.vert_stride == 0
             back = own[inner] - key_block
