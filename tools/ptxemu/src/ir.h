@@ -68,6 +68,9 @@ struct Instruction {
   std::string text;
   std::string reason;
 
+  /// For messages: wgmma names up to 128 registers.
+  std::string short_text() const { return text.size() <= 120 ? text : text.substr(0, 117) + "..."; }
+
   bool has(std::string_view part) const {
     for (const auto& p : parts)
       if (p == part) return true;

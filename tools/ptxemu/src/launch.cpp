@@ -203,7 +203,7 @@ std::string Machine::place(const Warp& warp, u32 lane, const Instruction& i) con
   const std::string source = module.source(i.location);
   return kernel.name + ", " +
          place(*warp.cta->cluster, warp.cta->first_thread + warp.index * kWarpSize + lane) +
-         ", PTX line " + std::to_string(i.ptx_line) + " `" + i.text + "`" +
+         ", PTX line " + std::to_string(i.ptx_line) + " `" + i.short_text() + "`" +
          (source.empty() ? "" : " (" + source + ")");
 }
 

@@ -164,7 +164,7 @@ void Step::record(const Place& place, u32 bytes, const Actor& who, bool write, i
     earlier += machine.place(*cta.cluster, verdict.other.agent);
   else
     earlier += "a thread of cluster " + std::to_string(verdict.other.cluster);
-  earlier += " at PTX line " + std::to_string(other.ptx_line) + " `" + other.text + "`";
+  earlier += " at PTX line " + std::to_string(other.ptx_line) + " `" + other.short_text() + "`";
   const std::string source = machine.module.source(other.location);
   if (!source.empty()) earlier += " (" + source + ")";
   if (verdict.conflict == Conflict::kProxy)

@@ -12,8 +12,8 @@ namespace {
 constexpr u32 kLongTurn = 2000;  // warp instructions, in order
 constexpr u32 kShortTurn = 64;   // at most, at random
 constexpr u32 kPollsPerTurn = 16;
-constexpr u32 kFairness = 64;  // every so many steps of a diverged warp another lane leads
-constexpr u64 kIdleLimit = 2'000'000;
+constexpr u32 kFairness = 64;        // every so many steps of a diverged warp another lane leads
+constexpr u64 kIdleLimit = 200'000;  // warp instructions without progress, by threads that poll
 
 bool is_uniform(const Warp& w) {
   if (w.blocked != 0 || w.live == 0) return false;

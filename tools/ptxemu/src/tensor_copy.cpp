@@ -49,7 +49,7 @@ void for_pieces(const TensorMap& map, const std::array<i64, 5>& start, u32 share
     for (u32 x = 0; x < map.box[0]; x += per_chunk, offset += 16) {
       const i64 first = start[0] + x;
       const u32 target = swizzled(offset, map.swizzle);
-      if (inside && first >= 0 && first + per_chunk <= map.dims[0]) {
+      if (inside && first >= 0 && first + per_chunk <= static_cast<i64>(map.dims[0])) {
         f(row + static_cast<u64>(first) * size, target, 16u);
         continue;
       }
