@@ -16,6 +16,7 @@ from sparse_attn.centroid_attention import centroid_attention
 from sparse_attn.explain import Explanation, explain
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import (
+    Adaptive,
     AnchorAttention,
     AShape,
     BlockSparse,
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AShape",
     "AnchorAttention",
+    "Adaptive",
     "BlockSparse",
     "CentroidIndex",
     "CentroidLookup",

@@ -85,6 +85,13 @@ def attention(
     """
     _check_qkv("attention", q, k, v)
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    numerics = (causal, softmax_scale, softcap, sinks, backend)
+    if not isinstance(pattern, SparseIndex) and not _is_block_mask(pattern):
+        pattern = resolve(pattern, q.shape[1])  # type: ignore[arg-type]
+        band = pattern.band_rows(q, k)
+        if band is not None and band < q.shape[2]:
+            out, lse = _banded(q, k, v, pattern, band, offset, *numerics)
+            return (out, lse) if return_lse else out
     index = build_index(pattern, q, k, causal, softmax_scale, offset)
     if index.seqlen_q != q.shape[2] or index.seqlen_k != k.shape[2]:
         raise ValueError(
@@ -92,9 +99,7 @@ def attention(
             f"seqlen_k={index.seqlen_k}, q and k have {q.shape[2]} and {k.shape[2]}; "
             "build it for these lengths."
         )
-    out, lse = _run(
-        "attention", q, k, v, index, None, offset, causal, softmax_scale, softcap, sinks, backend
-    )
+    out, lse = _run("attention", q, k, v, index, None, offset, *numerics)
     return (out, lse) if return_lse else out
 
 
@@ -380,6 +385,25 @@ def _run(
         softcap=softcap or 0.0,
         sinks=sinks,
     )
+
+
+def _banded(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, rows: int, q_offset: int, *numerics: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention` a band of query rows at a time, so that only one band's index exists.
+
+    The pattern is local to its rows, and `rows` is a multiple of its tile: the result is that of
+    one piece. `numerics` are what `_run` takes after q_offset.
+    """
+    causal, softmax_scale = numerics[:2]
+    outs, lses = [], []
+    for first in range(0, q.shape[2], rows):
+        band, offset = q[:, :, first : first + rows], q_offset + first
+        index = build_index(pattern, band, k, causal, softmax_scale, offset)
+        out, lse = _run("attention", band, k, v, index, None, offset, *numerics)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
 def build_index(

@@ -41,6 +41,7 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "QuestState": lambda: sparse_attn.QuestState(sparse_attn.Quest(budget=64, page=8)),
     "SpargeAttention": lambda: sparse_attn.SpargeAttention(top_p=0.6, similarity=0.05),
     "XAttention": lambda: sparse_attn.XAttention(8, 0.6, block_m=32, block_n=32),
+    "Adaptive": lambda: sparse_attn.Adaptive(recall=0.6, block_m=32),
     "VerticalSlash": lambda: sparse_attn.VerticalSlash(vertical=20, slash=110, last_q=32),
     "HiP": lambda: sparse_attn.HiP(mask_k=32, window=40, sink=3),
     "HiP, shared": lambda: sparse_attn.HiP(mask_k=64, block_k=16, window=40, share="kv"),

@@ -11,7 +11,8 @@
 namespace sparse_attn::cpu {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxDimRows = 8;  // a tile vectorised over head_dim has at most this many rows
+constexpr int kRankLevels = 126;  // levels, and one more code, fit in seven bits
+constexpr int kMaxDimRows = 8;    // a tile vectorised over head_dim has at most this many rows
 
 // A query tile in flight. Rows are (head, row) pairs of one KV head in any layout.
 struct Tile {
@@ -110,6 +111,11 @@ struct Kernels {
                      float* out);
   void (*add_rows)(const char* base, int64_t stride_bytes, const int32_t* rows, int64_t count,
                    const float* weights, int dim, DType dtype, float* out);
+  // Levels of estimated probability, for adaptive lists (see rank_tile.h).
+  void (*rank_scale)(const Tile&, const KeyChunk&, const float* factor, const int32_t* limits,
+                     int rows, float* out, float* top);
+  void (*rank_levels)(const float* x, int keys, int rows, const float* top, uint8_t* levels,
+                      uint32_t* histogram);
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&);
   void (*backward_finish)(BackwardTile&);

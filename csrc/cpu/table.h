@@ -5,6 +5,7 @@
 #include "centroid_tile.h"
 #include "dim_tile.h"
 #include "pool_tile.h"
+#include "rank_tile.h"
 #include "row_tile.h"
 #include "score_tile.h"
 #include "window_tile.h"
@@ -42,6 +43,8 @@ const Kernels SPARSE_ATTN_TABLE(SPARSE_ATTN_ISA) = {
     .dim_score = SPARSE_ATTN_ISA::dim_score,
     .add_shares = SPARSE_ATTN_ISA::add_shares,
     .add_rows = SPARSE_ATTN_ISA::add_rows,
+    .rank_scale = SPARSE_ATTN_ISA::rank_scale,
+    .rank_levels = SPARSE_ATTN_ISA::rank_levels,
     .backward_begin = SPARSE_ATTN_ISA::backward_begin,
     .backward_attend = SPARSE_ATTN_ISA::backward_attend,
     .backward_finish = SPARSE_ATTN_ISA::backward_finish,

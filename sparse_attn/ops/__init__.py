@@ -4,6 +4,7 @@
 Everything else in the package calls the functions here, never torch.ops.
 """
 
+from sparse_attn.ops.adaptive import adaptive_lists
 from sparse_attn.ops.anchor import anchor_lists
 from sparse_attn.ops.attention import attention
 from sparse_attn.ops.blocks import (
@@ -28,6 +29,7 @@ from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
 __all__ = [
     "GridArgs",
+    "adaptive_lists",
     "anchor_lists",
     "attention",
     "block_threshold",

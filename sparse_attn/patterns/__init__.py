@@ -2,6 +2,7 @@
 """Patterns: frozen descriptions of how to choose keys. Each builds a SparseIndex."""
 
 from sparse_attn.patterns import presets
+from sparse_attn.patterns.adaptive import Adaptive
 from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern, PatternState
 from sparse_attn.patterns.block_sparse import BlockSparse
@@ -23,6 +24,7 @@ from sparse_attn.patterns.xattention import XAttention
 __all__ = [
     "AShape",
     "AnchorAttention",
+    "Adaptive",
     "BlockSparse",
     "CentroidIndex",
     "CentroidLookup",

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sparse_attn.index import SparseIndex
 
+MAX_INDEX_BYTES = 64 << 20
+"""What the lists of one call may take where a pattern can be built a band of rows at a time."""
+
 
 class Pattern(ABC):
     """How to choose the keys of every query tile; it never computes attention.
@@ -76,6 +79,18 @@ class Pattern(ABC):
             heads: the KV heads, in the order in which k will have them.
         """
         return self
+
+    def band_rows(self, q: Tensor, k: Tensor) -> int | None:
+        """How many query rows `attention` builds and runs at once, to bound the index's memory.
+
+        A pattern that is `row_local` and whose lists can grow large gives a multiple of its tile
+        for which they stay below MAX_INDEX_BYTES whatever the data; None means all rows at once.
+
+        Args:
+            q: [batch, num_heads, seqlen_q, head_dim]; only its shape counts.
+            k: [batch, num_heads_kv, seqlen_k, head_dim].
+        """
+        return None
 
 
 class PatternState(Pattern):

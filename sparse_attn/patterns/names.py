@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from sparse_attn.patterns.adaptive import Adaptive
 from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern
 from sparse_attn.patterns.block_sparse import BlockSparse
@@ -20,6 +21,7 @@ from sparse_attn.patterns.xattention import XAttention
 
 # Defaults are the papers' (MInference's, but for HiP), so that a name means what users expect.
 _NAMED: dict[str, Pattern] = {
+    "adaptive": Adaptive(),
     "dense": Dense(),
     "a_shape": AShape(),
     "tri_shape": AShape(dense_tail=100),
@@ -56,9 +58,9 @@ def resolve(
             (2048 keys a tile), "xattention" (stride 16, 0.9 of the mass), "flexprefill" (0.9 of the
             mass), "sparge" (0.98 of the mass), "quest" (decoding, 2048 keys), "anchor_attention"
             (superblocks of 2048 rows, theta 12), "dilated" (sink 1024, every second of 8192
-            diagonals), "strided_blocks" (32 local blocks of 64, every eighth column of blocks); or
-            a list with one of these per query head; or a dict from every query head to one of
-            these.
+            diagonals), "strided_blocks" (32 local blocks of 64, every eighth column of blocks),
+            "adaptive" (0.95 of the mass); or a list with one of these per query head; or a dict
+            from every query head to one of these.
         num_heads: query heads, which a list or a PerHead must fit.
 
     Returns:

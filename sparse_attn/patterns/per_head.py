@@ -102,6 +102,17 @@ class PerHead(Pattern):
                 "give every head one, or pass a default."
             )
 
+    def band_rows(self, q: Tensor, k: Tensor) -> int | None:
+        """See `Pattern.band_rows`: all rows at once unless every member is local to its rows."""
+        members = {pattern for _, pattern in self.patterns}
+        members |= set() if self.default is None else {self.default}
+        bounds = [rows for pattern in members if (rows := pattern.band_rows(q, k)) is not None]
+        if not bounds or not all(pattern.row_local for pattern in members):
+            return None
+        tiles = (getattr(getattr(p, "pattern", p), "block_m", 1) for p in members)
+        step = math.lcm(*tiles)
+        return max(1, min(bounds) // step) * step
+
     def build(
         self,
         q: Tensor,

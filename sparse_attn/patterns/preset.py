@@ -33,6 +33,10 @@ class Preset(Pattern):
         object.__setattr__(self, "data_dependent", self.pattern.data_dependent)
         object.__setattr__(self, "row_local", self.pattern.row_local)
 
+    def band_rows(self, q: Tensor, k: Tensor) -> int | None:
+        """See `Pattern.band_rows`."""
+        return self.pattern.band_rows(q, k)
+
     def build(
         self,
         q: Tensor,

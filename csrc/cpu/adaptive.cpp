@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work is dealt in groups of at most kTileRows probes (sums of the query rows of one tile of one
+// head) that read one KV head, so that keys are read once for all of them. Per group: products of
+// probes and keys [keys][probes] in float32, levels [keys][probes] in bytes, a histogram of the
+// levels per probe; then the probe's last level, and one pass over the levels that writes lists.
+#include "adaptive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "schedule.h"
+
+namespace sparse_attn::cpu {
+namespace {
+
+constexpr int64_t kMaxScoreBytes = 8 << 20;  // of one group; longer keys make smaller groups
+constexpr int kRowStep = 16;                 // probes come in multiples of it
+constexpr int kSolid = 12;                   // chosen keys that make a granule a block
+constexpr uint64_t kHighBits = 0x8080808080808080u;
+
+// A quarter octave a level: 2^31 for the best key, 1 at 31 octaves below it, then nothing.
+struct Weights {
+  int64_t of[kRankLevels];
+  Weights() {
+    for (int level = 0; level < kRankLevels - 1; ++level)
+      of[level] = std::llround(std::exp2(31.0 - 0.25 * level));
+    of[kRankLevels - 1] = 0;
+  }
+};
+
+struct Probe {
+  int64_t head, tile;
+  int32_t own_begin, own_end;  // keys at the positions of the tile's rows
+  int32_t limit;               // keys that its last row may see
+  uint8_t last = 0;            // the last stored level that is taken
+  int64_t quota = 0;           // how many keys of it
+};
+
+struct Workspace {
+  Tile tile;
+  KeyChunk chunk;
+  alignas(64) float factor[kTileRows], top[kTileRows];
+  alignas(64) int32_t limits[kTileRows];
+  alignas(64) uint8_t last[kTileRows];
+  std::vector<float> probes, wide, scores;
+  std::vector<uint8_t> levels;
+  std::vector<uint32_t> histogram;
+  std::vector<int32_t> chosen[kTileRows];
+};
+
+class Group {
+ public:
+  Group(const AttentionParams& p, const AdaptiveRule& rule, int64_t batch, int64_t head_kv,
+        int64_t first, int64_t count, Workspace& space)
+      : p_(p), rule_(rule), kernels_(kernels()), batch_(batch), head_kv_(head_kv), space_(space) {
+    const int64_t share = p.num_heads / p.num_heads_kv;
+    rows_ = static_cast<int>((count + kRowStep - 1) / kRowStep * kRowStep);
+    std::fill_n(space.factor, kTileRows, 0.0f);
+    std::fill_n(space.limits, kTileRows, 0);
+    std::fill_n(space.top, kTileRows, -INFINITY);
+    space.probes.assign(count * p.head_dim, 0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      Probe& probe = probes_[count_++];
+      probe.tile = (first + i) / share;
+      probe.head = head_kv * share + (first + i) % share;
+      begin_probe(probe, static_cast<int>(i));
+    }
+  }
+
+  void run(const Weights& weights, TileKeys* keys, int64_t tiles) {
+    int32_t limit = 0;
+    for (int i = 0; i < count_; ++i) limit = std::max(limit, probes_[i].limit);
+    score(limit);
+    space_.levels.resize(int64_t{limit} * rows_);
+    space_.histogram.assign(rows_ * kRankLevels, 0);
+    kernels_.rank_levels(space_.scores.data(), limit, rows_, space_.top, space_.levels.data(),
+                         space_.histogram.data());
+    std::fill_n(space_.last, kTileRows, uint8_t{0});
+    for (int i = 0; i < count_; ++i) choose(probes_[i], i, weights);
+    collect(limit);
+    for (int i = 0; i < count_; ++i)
+      write(space_.chosen[i], probes_[i].limit,
+            keys[(batch_ * p_.num_heads + probes_[i].head) * tiles + probes_[i].tile]);
+  }
+
+ private:
+  void begin_probe(Probe& probe, int i) {
+    const int64_t width = element_size(p_.dtype), first = probe.tile * rule_.block_m;
+    const int64_t rows = std::min(rule_.block_m, p_.seqlen_q - first);
+    float* sum = space_.probes.data() + int64_t{i} * p_.head_dim;
+    float row_values[kMaxHeadDim];
+    for (int64_t r = 0; r < rows; ++r) {
+      kernels_.widen(row_pointer(p_.q, batch_, probe.head, first + r, width), row_values,
+                     p_.head_dim, p_.dtype);
+      for (int d = 0; d < p_.head_dim; ++d) sum[d] += row_values[d];
+    }
+    const auto clamp = [&](int64_t key) {
+      return static_cast<int32_t>(std::clamp<int64_t>(key, 0, p_.seqlen_k));
+    };
+    const int64_t position = first + rule_.q_offset;
+    probe.own_begin = clamp(position);
+    probe.own_end = clamp(position + rows);
+    probe.limit = p_.causal ? probe.own_end : static_cast<int32_t>(p_.seqlen_k);
+    space_.factor[i] =
+        static_cast<float>(4 * M_LOG2E * static_cast<double>(p_.softmax_scale) / rows);
+    space_.limits[i] = probe.limit;
+  }
+
+  // Scaled products with keys [0, limit), and each probe's best.
+  void score(int32_t limit) {
+    const int64_t width = element_size(p_.dtype);
+    const int dim = p_.head_dim;
+    Tile& tile = space_.tile;
+    tile.dtype = DType::kFloat32;  // sums of rows need it, whatever q and k are
+    tile.rows = count_;
+    tile.head_dim = dim;
+    tile.head_dim_v = 0;
+    for (int i = 0; i < count_; ++i)
+      tile.q_rows[i] = reinterpret_cast<const char*>(space_.probes.data() + int64_t{i} * dim);
+    kernels_.row_begin(tile);
+    space_.scores.resize(int64_t{limit} * rows_);
+    space_.wide.resize(kChunkKeys * dim);
+    KeyChunk& chunk = space_.chunk;
+    for (int32_t first = 0; first < limit; first += kChunkKeys) {
+      chunk.count = std::min(kChunkKeys, limit - first);
+      for (int i = 0; i < chunk.count; ++i) {
+        const char* key = row_pointer(p_.k, batch_, head_kv_, first + i, width);
+        if (p_.dtype != DType::kFloat32) {
+          kernels_.widen(key, space_.wide.data() + i * dim, dim, p_.dtype);
+          key = reinterpret_cast<const char*>(space_.wide.data() + i * dim);
+        }
+        chunk.k[i] = key;
+        chunk.position[i] = first + i;
+      }
+      std::fill_n(chunk.k + chunk.count, kKeyPadding, chunk.k[chunk.count - 1]);
+      kernels_.row_score(tile, chunk);
+      kernels_.rank_scale(tile, chunk, space_.factor, space_.limits, rows_,
+                          space_.scores.data() + int64_t{first} * rows_, space_.top);
+    }
+  }
+
+  // Marks the forced keys with level 0, out of the histogram, and finds where the rest ends.
+  void choose(Probe& probe, int i, const Weights& weights) {
+    uint32_t* counts = space_.histogram.data() + i * kRankLevels;
+    int64_t total = 0, mass = 0, forced = 0;
+    for (int level = 0; level < kRankLevels; ++level) total += counts[level] * weights.of[level];
+    const auto force = [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key) {
+        uint8_t& level = space_.levels[key * rows_ + i];
+        --counts[level - 1];
+        mass += weights.of[level - 1];
+        level = 0;
+        ++forced;
+      }
+    };
+    const int64_t sink = std::min<int64_t>(rule_.sink, probe.limit);
+    force(0, sink);
+    force(std::max<int64_t>(sink, probe.own_begin), std::max(probe.own_begin, probe.own_end));
+    space_.last[i] = probe.last = 0;
+    if (!std::isfinite(space_.top[i])) {  // nothing is known of this tile
+      probe.last = kRankLevels;
+      probe.quota = probe.limit - forced;
+      for (int level = 0; level + 1 < kRankLevels; ++level) probe.quota -= counts[level];
+    } else {
+      const auto target = static_cast<int64_t>(std::ceil(rule_.mass * static_cast<double>(total)));
+      for (int level = 0; mass < target && level + 1 < kRankLevels; ++level) {
+        const int64_t weight = weights.of[level];
+        probe.last = static_cast<uint8_t>(level + 1);
+        probe.quota = std::min<int64_t>(counts[level], (target - mass + weight - 1) / weight);
+        mass += probe.quota * weight;
+      }
+    }
+    space_.last[i] = probe.last;
+  }
+
+  // The chosen keys of every probe, ascending.
+  void collect(int32_t limit) {
+    for (int i = 0; i < count_; ++i) space_.chosen[i].clear();
+    const uint8_t* levels = space_.levels.data();
+    for (int32_t key = 0; key < limit; ++key, levels += rows_) {
+      for (int first = 0; first < rows_; first += 8) {
+        // Eight probes at once: a byte's high bit survives where level <= last.
+        uint64_t level, last;
+        std::memcpy(&level, levels + first, 8);
+        std::memcpy(&last, space_.last + first, 8);
+        uint64_t hits = ((last | kHighBits) - level) & kHighBits;
+        for (; hits != 0; hits &= hits - 1) take(key, first + __builtin_ctzll(hits) / 8, levels);
+      }
+    }
+  }
+
+  void take(int32_t key, int i, const uint8_t* levels) {
+    if (levels[i] != 0 && levels[i] == space_.last[i]) {
+      if (probes_[i].quota == 0) return;
+      --probes_[i].quota;
+    }
+    space_.chosen[i].push_back(key);
+  }
+
+  // Granules that are nearly full become blocks.
+  static void write(const std::vector<int32_t>& chosen, int32_t limit, TileKeys& to) {
+    for (size_t begin = 0, end = 0; begin < chosen.size(); begin = end) {
+      const int32_t granule = chosen[begin] / kGranule;
+      while (end < chosen.size() && chosen[end] / kGranule == granule) ++end;
+      const int32_t start = granule * kGranule, exist = std::min(kGranule, limit - start);
+      if (static_cast<int>(end - begin) >= std::min<int32_t>(kSolid, exist))
+        to.blocks.push_back(start);
+      else
+        to.columns.insert(to.columns.end(), chosen.begin() + begin, chosen.begin() + end);
+    }
+    to.columns.shrink_to_fit();
+  }
+
+  const AttentionParams& p_;
+  const AdaptiveRule& rule_;
+  const Kernels& kernels_;
+  int64_t batch_, head_kv_;
+  Workspace& space_;
+  int rows_ = 0;
+  int count_ = 0;
+  Probe probes_[kTileRows];
+};
+
+}  // namespace
+
+void adaptive_keys(const AttentionParams& p, const AdaptiveRule& rule, TileKeys* keys,
+                   const Executor& executor) {
+  static const Weights weights;
+  const int64_t tiles = (p.seqlen_q + rule.block_m - 1) / rule.block_m;
+  const int64_t probes = tiles * (p.num_heads / p.num_heads_kv);  // of one KV head
+  const int64_t fit = kMaxScoreBytes / (std::max<int64_t>(p.seqlen_k, 1) * sizeof(float));
+  const int64_t size = std::clamp<int64_t>(fit / kRowStep * kRowStep, kRowStep, kTileRows);
+  const int64_t groups = (probes + size - 1) / size, heads = p.num_sequences * p.num_heads_kv;
+  std::vector<std::unique_ptr<Workspace>> spare;  // one a thread, kept from group to group
+  std::mutex mutex;
+  deal(executor, heads * groups, [&](int64_t i) {
+    std::unique_ptr<Workspace> space;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!spare.empty()) {
+        space = std::move(spare.back());
+        spare.pop_back();
+      }
+    }
+    if (!space) space = std::make_unique<Workspace>();
+    const int64_t head = i / groups, first = i % groups * size;
+    Group group(p, rule, head / p.num_heads_kv, head % p.num_heads_kv, first,
+                std::min(size, probes - first), *space);
+    group.run(weights, keys, tiles);
+    const std::lock_guard<std::mutex> lock(mutex);
+    spare.push_back(std::move(space));
+    return true;
+  });
+}
+
+}  // namespace sparse_attn::cpu

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adaptive: the fewest single keys that keep a share of the attention, tile by tile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_attn import ops
+from sparse_attn.index import SparseIndex
+from sparse_attn.lists import indptr_from_counts
+from sparse_attn.patterns.base import (
+    MAX_INDEX_BYTES,
+    Pattern,
+    check_blocks,
+    check_int,
+    check_qk,
+    offset_or_default,
+    scale_or_default,
+)
+from sparse_attn.selection.estimators import native_inputs
+
+GRANULE = 16
+"""Keys of a block in the lists."""
+_SOLID = 12  # chosen keys that make a granule a block
+_LEVELS = 126  # quarter octaves that are told apart
+
+# 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT: estimated mass that realises a recall. Fitted on
+# the help topics of Python; mean queries see less of a row's tail than is there.
+_FACTOR = 1.95
+_EXPONENT = 1.52
+
+
+@dataclass(frozen=True)
+class Adaptive(Pattern):
+    """The fewest keys that keep a share `recall` of the attention mass; nothing to calibrate.
+
+    The mean query of a tile ranks single keys almost as their true mass in the tile does, for a
+    64th of the work of q . k. What a tile takes follows from its own scores: a head that looks at
+    a few keys gets a few, one that looks everywhere gets most.
+
+    For a tile of m rows of a head, with S the sum of its query rows and keys j below `limit` (the
+    position of the last row plus 1 where attention is causal, clamped to the keys that exist), all
+    in float32:
+
+        x_j = (4 log2(e) softmax_scale / m) * (S . k_j)
+        level_j = min(floor(max_i x_i - x_j), 125),  weight_j = round(2 ** (31 - level_j / 4)),
+
+    level 125 weighing nothing. So a weight is the estimated softmax, rounded down to a quarter
+    octave, in integers: sums of weights are exact. Of these keys are kept:
+
+    * forced: the first `sink` keys and those at the positions of the tile's rows;
+    * then by level ascending, within a level by index ascending, until the weight of all kept keys
+      is at least ceil(mass * weight of all keys below the limit), with the estimated mass
+
+          1 - mass = 1.95 (1 - recall) ** 1.52, at least 0,
+
+      which realises `recall`: a mean query sees less of the tail than its rows do;
+    * all keys below the limit, if the largest x_j is not finite. A NaN has level 125.
+
+    Aligned granules of 16 keys of which 12 or more (or all that are below the limit) are kept
+    become blocks, and so wholly visible; all other kept keys are columns.
+
+    Attributes:
+        recall: share of a row's softmax mass that stays, averaged over rows, in (0, 1].
+        block_m: rows of a tile, 1 or a multiple of 16.
+        sink: forced first keys, in tokens.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a number is out of range.
+
+    Example:
+        >>> Adaptive().recall
+        0.95
+
+    Source:
+        This project.
+    """
+
+    recall: float = 0.95
+    block_m: int = 64
+    sink: int = 4
+    data_dependent: ClassVar[bool] = True
+    row_local: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.recall, bool) or not isinstance(self.recall, (int, float)):
+            raise TypeError(
+                f"sparse_attn.Adaptive: recall={self.recall!r} is a "
+                f"{type(self.recall).__name__}; pass a float."
+            )
+        if not 0 < self.recall <= 1:
+            raise ValueError(
+                f"sparse_attn.Adaptive: recall={self.recall} is outside (0, 1]; pass for instance "
+                "0.95."
+            )
+        check_blocks("Adaptive", self.block_m, GRANULE)
+        check_int("Adaptive", "sink", self.sink, 0)
+
+    @property
+    def mass(self) -> float:
+        """The share of the estimated mass that a tile keeps."""
+        missing: float = _FACTOR * (1.0 - self.recall) ** _EXPONENT
+        return max(0.0, 1.0 - missing)
+
+    def band_rows(self, q: Tensor, k: Tensor) -> int | None:
+        """See `Pattern.band_rows`: a tile lists at most 11 of 16 keys as columns."""
+        tile_bytes = max(1, q.shape[0] * q.shape[1] * k.shape[2] * 4 * (_SOLID - 1) // GRANULE)
+        return max(1, MAX_INDEX_BYTES // tile_bytes) * self.block_m
+
+    def build(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        causal: bool = True,
+        softmax_scale: float | None = None,
+        q_offset: int | None = None,
+    ) -> SparseIndex:
+        """See `Pattern.build`; the index has every query head."""
+        check_qk("Adaptive", q, k)
+        lists = ops.adaptive_lists if native_inputs(q, k) else adaptive_lists
+        block_counts, blocks, column_counts, columns = lists(
+            q,
+            k,
+            mass=self.mass,
+            block_m=self.block_m,
+            sink=self.sink,
+            q_offset=offset_or_default(q, k, q_offset),
+            causal=causal,
+            softmax_scale=scale_or_default(q, softmax_scale),
+        )
+        return SparseIndex.from_lists(
+            seqlen_q=q.shape[2],
+            seqlen_k=k.shape[2],
+            block_m=self.block_m,
+            block_n=GRANULE,
+            block_indptr=indptr_from_counts(block_counts),
+            block_indices=blocks,
+            column_indptr=indptr_from_counts(column_counts),
+            column_indices=columns,
+        )
+
+
+def adaptive_lists(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mass: float,
+    block_m: int,
+    sink: int,
+    q_offset: int,
+    causal: bool,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lists of `Adaptive` in plain torch, a row of tiles at a time; for any device and dtype.
+
+    Args:
+        q: [batch, num_heads, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        mass: share of the estimated mass to keep, in [0, 1].
+        block_m: rows of a tile.
+        sink: forced first keys.
+        q_offset: position of query row 0.
+        causal: whether a tile sees no key past its last row.
+        softmax_scale: factor of q . k.
+
+    Returns:
+        Blocks a tile int64 [batch, num_heads, tiles], first keys of the blocks int32, columns a
+        tile, columns int32; lists in the order of the tiles, ascending within one.
+    """
+    batch, heads, seqlen_q, _ = q.shape
+    heads_kv, seqlen_k = k.shape[1], k.shape[2]
+    keys = k.float()
+    position = torch.arange(seqlen_k, device=q.device)
+    granule_of = position // GRANULE
+    granules = -(-seqlen_k // GRANULE)
+    solid, single = [], []
+    for first in range(0, seqlen_q, block_m):
+        rows = min(block_m, seqlen_q - first)
+        probe = q[:, :, first : first + rows].sum(2, dtype=torch.float32)
+        grouped = probe.view(batch, heads_kv, heads // heads_kv, -1)
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, seqlen_k)
+        own_end = min(max(first + rows + q_offset, 0), seqlen_k)
+        below = position < (own_end if causal else seqlen_k)
+        own = (position >= first + q_offset) & (position < own_end)
+        factor = torch.tensor(4 / math.log(2) * softmax_scale / rows, dtype=torch.float32)
+        chosen = _choose(
+            scores * factor.to(q.device), below, below & (own | (position < sink)), mass
+        )
+        full = torch.bincount(granule_of[below], minlength=granules).clamp(max=_SOLID)
+        count = torch.zeros(batch, heads, granules, dtype=torch.int64, device=q.device)
+        count.index_add_(2, granule_of, chosen.long())
+        solid.append((count >= full) & (count > 0))
+        single.append(chosen & ~solid[-1][..., granule_of])
+    if not solid:
+        none = position[:0].int()
+        return q.new_zeros((batch, heads, 0), dtype=torch.int64), none, none.long(), none
+    blocks, columns = torch.stack(solid, 2), torch.stack(single, 2)
+    starts = (torch.arange(granules, device=q.device) * GRANULE).int()
+    return (
+        blocks.sum(-1),
+        starts.expand(blocks.shape)[blocks],
+        columns.sum(-1),
+        position.int().expand(columns.shape)[columns],
+    )
+
+
+def _choose(x: Tensor, below: Tensor, forced: Tensor, mass: float) -> Tensor:
+    """The kept keys of one tile of every head.
+
+    Args:
+        x: float32 [batch, heads, keys].
+        below: bool [keys], below the tile's limit.
+        forced: bool [keys], kept in any case.
+        mass: share of the estimated mass.
+
+    Returns:
+        bool like x.
+    """
+    if x.shape[-1] == 0:
+        return x.bool()
+    x = x.masked_fill(~below, -math.inf)
+    top = x.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1, keepdim=True)
+    gap = (top - x).nan_to_num(nan=math.inf, posinf=math.inf)
+    level = gap.clamp(max=_LEVELS - 1).long()  # not below 0: truncation is the floor
+    steps = torch.arange(_LEVELS, dtype=torch.float64, device=x.device)
+    weights = (2.0 ** (31 - steps / 4)).round().long()
+    weights[-1] = 0
+    weight = weights[level].masked_fill(~below, 0)
+    target = (mass * weight.sum(-1, keepdim=True).double()).ceil().long()
+    # What all better keys and the forced ones weigh; a key is kept if that is too little.
+    order = level.masked_fill(forced, -1).masked_fill(~below, _LEVELS).sort(dim=-1, stable=True)
+    sorted_weight = weight.gather(-1, order.indices)
+    before = sorted_weight.cumsum(-1) - sorted_weight
+    kept = torch.zeros_like(below).expand(x.shape).scatter(-1, order.indices, before < target)
+    return (kept | forced | ~top.isfinite()) & below
