@@ -44,7 +44,7 @@ def ladders(seqlen: int) -> dict[str, list[Pattern]]:
     """Every method with settings from sparse to dense."""
     p = sparse_attn
     return {
-        "adaptive": [p.Adaptive(recall=r) for r in (0.85, *RECALLS, 0.99)],
+        "adaptive": [p.Adaptive(recall=r) for r in (0.88, *RECALLS, 0.99)],
         "a_shape": [
             p.AShape(sink=128, window=seqlen * share // 16) for share in (1, 2, 4, 6, 8, 12)
         ],
@@ -70,8 +70,8 @@ def _optional() -> dict[str, list[Pattern]]:
         found["xattention"] = [p.XAttention(threshold=t) for t in (0.7, 0.8, 0.9, 0.95, 0.98)]
     if hasattr(p, "FlexPrefill"):
         found["flexprefill"] = [p.FlexPrefill(gamma=g) for g in (0.8, 0.9, 0.95, 0.98)]
-    if hasattr(p, "Sparge"):
-        found["sparge"] = [p.Sparge(cdf=c) for c in (0.8, 0.9, 0.95, 0.98)]
+    if hasattr(p, "SpargeAttention"):
+        found["sparge"] = [p.SpargeAttention(top_p=x) for x in (0.8, 0.9, 0.95, 0.98)]
     if hasattr(p, "AnchorAttention"):
         found["anchor"] = [p.AnchorAttention(theta=t, step=4) for t in (-4.0, 0.0, 4.0, 8.0)]
     return found

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work is dealt in groups of at most kTileRows probes (sums of the query rows of one tile of one
-// head) that read one KV head, so that keys are read once for all of them. Per group: products of
-// probes and keys [keys][probes] in float32, levels [keys][probes] in bytes, a histogram of the
-// levels per probe; then the probe's last level, and one pass over the levels that writes lists.
+// Work is dealt in groups of tiles (of any head) that read one KV head, so that keys are read once
+// for all of them. A tile has two probes: the sum of its query rows, which ranks the keys, and its
+// middle row, which checks the choice. Per group: products of probes and keys [keys][probes] in
+// float32, levels [keys][probes] in bytes, a histogram of the levels per probe, and the middle
+// row's mass per level of the sum; then each tile's last level, and one pass over the levels that
+// writes lists.
 #include "adaptive.h"
 
 #include <algorithm>
@@ -18,6 +20,7 @@ namespace {
 
 constexpr int64_t kMaxScoreBytes = 8 << 20;  // of one group; longer keys make smaller groups
 constexpr int kRowStep = 16;                 // probes come in multiples of it
+constexpr int kMaxTiles = kTileRows / 2;     // tiles of a group
 constexpr int kSolid = 12;                   // chosen keys that make a granule a block
 constexpr uint64_t kHighBits = 0x8080808080808080u;
 
@@ -31,12 +34,14 @@ struct Weights {
   }
 };
 
-struct Probe {
+struct TileChoice {
   int64_t head, tile;
   int32_t own_begin, own_end;  // keys at the positions of the tile's rows
   int32_t limit;               // keys that its last row may see
+  int64_t forced = 0;          // keys
   uint8_t last = 0;            // the last stored level that is taken
   int64_t quota = 0;           // how many keys of it
+  int64_t forced_levels[kRankLevels] = {};
 };
 
 struct Workspace {
@@ -48,7 +53,8 @@ struct Workspace {
   std::vector<float> probes, wide, scores;
   std::vector<uint8_t> levels;
   std::vector<uint32_t> histogram;
-  std::vector<int32_t> chosen[kTileRows];
+  std::vector<int64_t> checked;  // [tiles][stored level of the sum]: mass of the middle row
+  std::vector<int32_t> chosen[kMaxTiles];
 };
 
 class Group {
@@ -57,56 +63,62 @@ class Group {
         int64_t first, int64_t count, Workspace& space)
       : p_(p), rule_(rule), kernels_(kernels()), batch_(batch), head_kv_(head_kv), space_(space) {
     const int64_t share = p.num_heads / p.num_heads_kv;
-    rows_ = static_cast<int>((count + kRowStep - 1) / kRowStep * kRowStep);
+    count_ = static_cast<int>(count);
+    rows_ = (2 * count_ + kRowStep - 1) / kRowStep * kRowStep;
     std::fill_n(space.factor, kTileRows, 0.0f);
     std::fill_n(space.limits, kTileRows, 0);
     std::fill_n(space.top, kTileRows, -INFINITY);
-    space.probes.assign(count * p.head_dim, 0.0f);
-    for (int64_t i = 0; i < count; ++i) {
-      Probe& probe = probes_[count_++];
-      probe.tile = (first + i) / share;
-      probe.head = head_kv * share + (first + i) % share;
-      begin_probe(probe, static_cast<int>(i));
+    space.probes.assign(2 * count * p.head_dim, 0.0f);
+    for (int i = 0; i < count_; ++i) {
+      tiles_[i].tile = (first + i) / share;
+      tiles_[i].head = head_kv * share + (first + i) % share;
+      begin_tile(tiles_[i], i);
     }
   }
 
   void run(const Weights& weights, TileKeys* keys, int64_t tiles) {
     int32_t limit = 0;
-    for (int i = 0; i < count_; ++i) limit = std::max(limit, probes_[i].limit);
+    for (int i = 0; i < count_; ++i) limit = std::max(limit, tiles_[i].limit);
     score(limit);
     space_.levels.resize(int64_t{limit} * rows_);
     space_.histogram.assign(rows_ * kRankLevels, 0);
     kernels_.rank_levels(space_.scores.data(), limit, rows_, space_.top, space_.levels.data(),
                          space_.histogram.data());
+    for (int i = 0; i < count_; ++i) force(tiles_[i], i);
+    check(limit, weights);
     std::fill_n(space_.last, kTileRows, uint8_t{0});
-    for (int i = 0; i < count_; ++i) choose(probes_[i], i, weights);
+    for (int i = 0; i < count_; ++i) choose(tiles_[i], i, weights);
     collect(limit);
     for (int i = 0; i < count_; ++i)
-      write(space_.chosen[i], probes_[i].limit,
-            keys[(batch_ * p_.num_heads + probes_[i].head) * tiles + probes_[i].tile]);
+      write(space_.chosen[i], tiles_[i].limit,
+            keys[(batch_ * p_.num_heads + tiles_[i].head) * tiles + tiles_[i].tile]);
   }
 
  private:
-  void begin_probe(Probe& probe, int i) {
-    const int64_t width = element_size(p_.dtype), first = probe.tile * rule_.block_m;
+  void begin_tile(TileChoice& tile, int i) {
+    const int64_t width = element_size(p_.dtype), first = tile.tile * rule_.block_m;
     const int64_t rows = std::min(rule_.block_m, p_.seqlen_q - first);
     float* sum = space_.probes.data() + int64_t{i} * p_.head_dim;
+    float* middle = sum + int64_t{count_} * p_.head_dim;
     float row_values[kMaxHeadDim];
     for (int64_t r = 0; r < rows; ++r) {
-      kernels_.widen(row_pointer(p_.q, batch_, probe.head, first + r, width), row_values,
+      kernels_.widen(row_pointer(p_.q, batch_, tile.head, first + r, width), row_values,
                      p_.head_dim, p_.dtype);
       for (int d = 0; d < p_.head_dim; ++d) sum[d] += row_values[d];
+      if (r == rows / 2) std::copy_n(row_values, p_.head_dim, middle);
     }
     const auto clamp = [&](int64_t key) {
       return static_cast<int32_t>(std::clamp<int64_t>(key, 0, p_.seqlen_k));
     };
     const int64_t position = first + rule_.q_offset;
-    probe.own_begin = clamp(position);
-    probe.own_end = clamp(position + rows);
-    probe.limit = p_.causal ? probe.own_end : static_cast<int32_t>(p_.seqlen_k);
-    space_.factor[i] =
-        static_cast<float>(4 * M_LOG2E * static_cast<double>(p_.softmax_scale) / rows);
-    space_.limits[i] = probe.limit;
+    tile.own_begin = clamp(position);
+    tile.own_end = clamp(position + rows);
+    tile.limit = p_.causal ? tile.own_end : static_cast<int32_t>(p_.seqlen_k);
+    const double factor = 4 * M_LOG2E * static_cast<double>(p_.softmax_scale);
+    space_.factor[i] = static_cast<float>(factor / rows);
+    space_.factor[count_ + i] = static_cast<float>(factor);
+    space_.limits[i] = tile.limit;
+    space_.limits[count_ + i] = p_.causal ? clamp(position + rows / 2 + 1) : tile.limit;
   }
 
   // Scaled products with keys [0, limit), and each probe's best.
@@ -115,10 +127,10 @@ class Group {
     const int dim = p_.head_dim;
     Tile& tile = space_.tile;
     tile.dtype = DType::kFloat32;  // sums of rows need it, whatever q and k are
-    tile.rows = count_;
+    tile.rows = 2 * count_;
     tile.head_dim = dim;
     tile.head_dim_v = 0;
-    for (int i = 0; i < count_; ++i)
+    for (int i = 0; i < tile.rows; ++i)
       tile.q_rows[i] = reinterpret_cast<const char*>(space_.probes.data() + int64_t{i} * dim);
     kernels_.row_begin(tile);
     space_.scores.resize(int64_t{limit} * rows_);
@@ -142,46 +154,74 @@ class Group {
     }
   }
 
-  // Marks the forced keys with level 0, out of the histogram, and finds where the rest ends.
-  void choose(Probe& probe, int i, const Weights& weights) {
+  // Marks the forced keys with level 0, out of the histogram.
+  void force(TileChoice& tile, int i) {
     uint32_t* counts = space_.histogram.data() + i * kRankLevels;
-    int64_t total = 0, mass = 0, forced = 0;
-    for (int level = 0; level < kRankLevels; ++level) total += counts[level] * weights.of[level];
-    const auto force = [&](int64_t begin, int64_t end) {
-      for (int64_t key = begin; key < end; ++key) {
+    const auto mark = [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key, ++tile.forced) {
         uint8_t& level = space_.levels[key * rows_ + i];
         --counts[level - 1];
-        mass += weights.of[level - 1];
+        tile.forced_levels[level - 1] += 1;
         level = 0;
-        ++forced;
       }
     };
-    const int64_t sink = std::min<int64_t>(rule_.sink, probe.limit);
-    force(0, sink);
-    force(std::max<int64_t>(sink, probe.own_begin), std::max(probe.own_begin, probe.own_end));
-    space_.last[i] = probe.last = 0;
-    if (!std::isfinite(space_.top[i])) {  // nothing is known of this tile
-      probe.last = kRankLevels;
-      probe.quota = probe.limit - forced;
-      for (int level = 0; level + 1 < kRankLevels; ++level) probe.quota -= counts[level];
-    } else {
-      const auto target = static_cast<int64_t>(std::ceil(rule_.mass * static_cast<double>(total)));
-      for (int level = 0; mass < target && level + 1 < kRankLevels; ++level) {
-        const int64_t weight = weights.of[level];
-        probe.last = static_cast<uint8_t>(level + 1);
-        probe.quota = std::min<int64_t>(counts[level], (target - mass + weight - 1) / weight);
-        mass += probe.quota * weight;
-      }
-    }
-    space_.last[i] = probe.last;
+    const int64_t sink = std::min<int64_t>(rule_.sink, tile.limit);
+    mark(0, sink);
+    mark(std::max<int64_t>(sink, tile.own_begin), std::max(tile.own_begin, tile.own_end));
   }
 
-  // The chosen keys of every probe, ascending.
+  // The middle rows' mass, by the level of the sum.
+  void check(int32_t limit, const Weights& weights) {
+    space_.checked.assign(int64_t{count_} * (kRankLevels + 1), 0);
+    const uint8_t* levels = space_.levels.data();
+    for (int32_t key = 0; key < limit; ++key, levels += rows_) {
+      int64_t* checked = space_.checked.data();
+      for (int i = 0; i < count_; ++i, checked += kRankLevels + 1)
+        checked[levels[i]] += weights.of[levels[count_ + i] - 1];
+    }
+  }
+
+  // Finds where the choice ends.
+  void choose(TileChoice& tile, int i, const Weights& weights) {
+    const uint32_t* counts = space_.histogram.data() + i * kRankLevels;
+    const int64_t* checked = space_.checked.data() + int64_t{i} * (kRankLevels + 1);
+    int64_t mass = 0, total = 0, row_mass = checked[0], row_total = checked[0];
+    for (int level = 0; level < kRankLevels; ++level) {
+      mass += tile.forced_levels[level] * weights.of[level];
+      total += counts[level] * weights.of[level];
+      row_total += checked[level + 1];
+    }
+    total += mass;
+    if (!std::isfinite(space_.top[i])) {  // nothing is known of this tile
+      tile.last = kRankLevels;
+      tile.quota = tile.limit - tile.forced;
+      for (int level = 0; level + 1 < kRankLevels; ++level) tile.quota -= counts[level];
+    } else {
+      const auto share = [](double part, int64_t whole) {
+        return static_cast<int64_t>(std::ceil(part * static_cast<double>(whole)));
+      };
+      const int64_t target = share(rule_.mass, total), row_target = share(rule_.guard, row_total);
+      for (int level = 0; (mass < target || row_mass < row_target) && level < kRankLevels;
+           ++level) {
+        const int64_t weight = weights.of[level];
+        tile.last = static_cast<uint8_t>(level + 1);
+        tile.quota = counts[level];
+        if (row_mass >= row_target)  // then mass alone decides, and it weighs something
+          tile.quota = std::min(tile.quota, (target - mass + weight - 1) / weight);
+        mass += counts[level] * weight;
+        row_mass += checked[level + 1];
+      }
+      if (tile.last == kRankLevels) tile.quota = tile.limit;
+    }
+    space_.last[i] = tile.last;
+  }
+
+  // The chosen keys of every tile, ascending.
   void collect(int32_t limit) {
     for (int i = 0; i < count_; ++i) space_.chosen[i].clear();
     const uint8_t* levels = space_.levels.data();
     for (int32_t key = 0; key < limit; ++key, levels += rows_) {
-      for (int first = 0; first < rows_; first += 8) {
+      for (int first = 0; first < count_; first += 8) {
         // Eight probes at once: a byte's high bit survives where level <= last.
         uint64_t level, last;
         std::memcpy(&level, levels + first, 8);
@@ -194,8 +234,8 @@ class Group {
 
   void take(int32_t key, int i, const uint8_t* levels) {
     if (levels[i] != 0 && levels[i] == space_.last[i]) {
-      if (probes_[i].quota == 0) return;
-      --probes_[i].quota;
+      if (tiles_[i].quota == 0 || key >= tiles_[i].limit) return;
+      --tiles_[i].quota;
     }
     space_.chosen[i].push_back(key);
   }
@@ -221,7 +261,7 @@ class Group {
   Workspace& space_;
   int rows_ = 0;
   int count_ = 0;
-  Probe probes_[kTileRows];
+  TileChoice tiles_[kMaxTiles];
 };
 
 }  // namespace
@@ -230,10 +270,11 @@ void adaptive_keys(const AttentionParams& p, const AdaptiveRule& rule, TileKeys*
                    const Executor& executor) {
   static const Weights weights;
   const int64_t tiles = (p.seqlen_q + rule.block_m - 1) / rule.block_m;
-  const int64_t probes = tiles * (p.num_heads / p.num_heads_kv);  // of one KV head
+  const int64_t all = tiles * (p.num_heads / p.num_heads_kv);  // of one KV head
   const int64_t fit = kMaxScoreBytes / (std::max<int64_t>(p.seqlen_k, 1) * sizeof(float));
-  const int64_t size = std::clamp<int64_t>(fit / kRowStep * kRowStep, kRowStep, kTileRows);
-  const int64_t groups = (probes + size - 1) / size, heads = p.num_sequences * p.num_heads_kv;
+  const int64_t rows = std::clamp<int64_t>(fit / kRowStep * kRowStep, kRowStep, kTileRows);
+  const int64_t size = rows / 2, groups = (all + size - 1) / size,
+                heads = p.num_sequences * p.num_heads_kv;
   std::vector<std::unique_ptr<Workspace>> spare;  // one a thread, kept from group to group
   std::mutex mutex;
   deal(executor, heads * groups, [&](int64_t i) {
@@ -248,7 +289,7 @@ void adaptive_keys(const AttentionParams& p, const AdaptiveRule& rule, TileKeys*
     if (!space) space = std::make_unique<Workspace>();
     const int64_t head = i / groups, first = i % groups * size;
     Group group(p, rule, head / p.num_heads_kv, head % p.num_heads_kv, first,
-                std::min(size, probes - first), *space);
+                std::min(size, all - first), *space);
     group.run(weights, keys, tiles);
     const std::lock_guard<std::mutex> lock(mutex);
     spare.push_back(std::move(space));

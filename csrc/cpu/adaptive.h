@@ -13,6 +13,7 @@ constexpr int kGranule = 16;  // keys of a block in the lists
 
 struct AdaptiveRule {
   double mass;       // share of the estimated mass that a tile keeps
+  double guard;      // share of its middle row's mass that it keeps
   int64_t block_m;   // rows of a tile
   int64_t q_offset;  // position of query row 0
   int64_t sink;      // first keys that are always kept

@@ -29,14 +29,17 @@ Tensor gather(const Tensor& like, std::vector<cpu::TileKeys>& keys,
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_lists_cpu(const Tensor q, const Tensor k,
-                                                              double mass, int64_t block_m,
-                                                              int64_t sink, int64_t q_offset,
-                                                              bool causal, double softmax_scale) {
+                                                              double mass, double guard,
+                                                              int64_t block_m, int64_t sink,
+                                                              int64_t q_offset, bool causal,
+                                                              double softmax_scale) {
   AttentionParams p = query_key_params(q, k);
   p.causal = causal;
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.num_sequences = q.size(0);
   STD_TORCH_CHECK(mass >= 0.0 && mass <= 1.0, "sparse_attn::adaptive_lists: mass=", mass,
+                  " is not in [0, 1]");
+  STD_TORCH_CHECK(guard >= 0.0 && guard <= 1.0, "sparse_attn::adaptive_lists: guard=", guard,
                   " is not in [0, 1]");
   STD_TORCH_CHECK(block_m > 0 && block_m <= 1 << 20,
                   "sparse_attn::adaptive_lists: block_m=", block_m, " is not in [1, 2^20]");
@@ -48,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_lists_cpu(const Tensor q, co
   Tensor block_counts = torch::stable::new_empty(q, shape, ScalarType::Long);
   Tensor column_counts = torch::stable::new_empty(q, shape, ScalarType::Long);
   std::vector<cpu::TileKeys> keys(q.size(0) * p.num_heads * tiles);
-  cpu::adaptive_keys(p, {mass, block_m, q_offset, sink}, keys.data(), torch_threads());
+  cpu::adaptive_keys(p, {mass, guard, block_m, q_offset, sink}, keys.data(), torch_threads());
   Tensor blocks = gather(q, keys, &cpu::TileKeys::blocks,
                          static_cast<int64_t*>(block_counts.mutable_data_ptr()));
   Tensor columns = gather(q, keys, &cpu::TileKeys::columns,

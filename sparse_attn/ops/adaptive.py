@@ -16,6 +16,7 @@ def adaptive_lists(
     k: Tensor,
     *,
     mass: float,
+    guard: float,
     block_m: int,
     sink: int,
     q_offset: int,
@@ -24,14 +25,14 @@ def adaptive_lists(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`patterns.adaptive.adaptive_lists` on CPU tensors: its four tensors, in their order."""
     block_counts, block_indices, column_counts, column_indices = OPS.adaptive_lists(
-        q, k, mass, block_m, sink, q_offset, causal, softmax_scale
+        q, k, mass, guard, block_m, sink, q_offset, causal, softmax_scale
     )
     return block_counts, block_indices, column_counts, column_indices
 
 
 @torch.library.register_fake("sparse_attn::adaptive_lists")  # type: ignore[untyped-decorator]
 def _adaptive_lists_fake(
-    q: Tensor, k: Tensor, mass: float, block_m: int, *_: Any
+    q: Tensor, k: Tensor, mass: float, guard: float, block_m: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = (q.shape[0], q.shape[1], (q.shape[2] + block_m - 1) // block_m)
     context = torch.library.get_ctx()

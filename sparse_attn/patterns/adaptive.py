@@ -33,6 +33,8 @@ _LEVELS = 126  # quarter octaves that are told apart
 # the help topics of Python; mean queries see less of a row's tail than is there.
 _FACTOR = 1.95
 _EXPONENT = 1.52
+# 1 - guard = _GUARD * (1 - recall): what a single row may miss.
+_GUARD = 2.5
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,32 @@ class Adaptive(Pattern):
     """The fewest keys that keep a share `recall` of the attention mass; nothing to calibrate.
 
     The mean query of a tile ranks single keys almost as their true mass in the tile does, for a
-    64th of the work of q . k. What a tile takes follows from its own scores: a head that looks at
-    a few keys gets a few, one that looks everywhere gets most.
+    small part of the work of q . k. What a tile takes follows from its own scores: a head that
+    looks at a few keys gets a few, one that looks everywhere gets most. The middle row of the tile
+    checks the choice: rows that disagree (each row of a retrieval head looks somewhere else) have
+    a mean that says nothing, and their tile grows until that row is served.
 
-    For a tile of m rows of a head, with S the sum of its query rows and keys j below `limit` (the
-    position of the last row plus 1 where attention is causal, clamped to the keys that exist), all
-    in float32:
+    For a tile of m rows of a head, with S the sum of its query rows, q_c its row m // 2, and keys j
+    below `limit` (the position of the last row plus 1 where attention is causal, clamped to the
+    keys that exist), all in float32:
 
         x_j = (4 log2(e) softmax_scale / m) * (S . k_j)
         level_j = min(floor(max_i x_i - x_j), 125),  weight_j = round(2 ** (31 - level_j / 4)),
 
     level 125 weighing nothing. So a weight is the estimated softmax, rounded down to a quarter
-    octave, in integers: sums of weights are exact. Of these keys are kept:
+    octave, in integers: sums of weights are exact. The check weights are the same of q_c alone
+    (m = 1 in the factor), nothing for keys that this row does not see. Kept are:
 
     * forced: the first `sink` keys and those at the positions of the tile's rows;
-    * then by level ascending, within a level by index ascending, until the weight of all kept keys
-      is at least ceil(mass * weight of all keys below the limit), with the estimated mass
+    * then levels from the best on, whole, until the weight of all kept keys is at least
+      ceil(mass * weight of all keys below the limit) and their check weight at least
+      ceil(guard * check weight of all); if the second held before the last of these levels, that
+      level gives only as many keys as the first needs, by index ascending. Here
 
-          1 - mass = 1.95 (1 - recall) ** 1.52, at least 0,
+          1 - mass = 1.95 (1 - recall) ** 1.52,    1 - guard = 2.5 (1 - recall),
 
-      which realises `recall`: a mean query sees less of the tail than its rows do;
+      each at least 0: the estimated mass that realises `recall`, for a mean query sees less of the
+      tail than its rows do;
     * all keys below the limit, if the largest x_j is not finite. A NaN has level 125.
 
     Aligned granules of 16 keys of which 12 or more (or all that are below the limit) are kept
@@ -83,7 +91,7 @@ class Adaptive(Pattern):
     """
 
     recall: float = 0.95
-    block_m: int = 64
+    block_m: int = 128
     sink: int = 4
     data_dependent: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
@@ -108,6 +116,11 @@ class Adaptive(Pattern):
         missing: float = _FACTOR * (1.0 - self.recall) ** _EXPONENT
         return max(0.0, 1.0 - missing)
 
+    @property
+    def guard(self) -> float:
+        """The share of its middle row's mass that a tile keeps."""
+        return max(0.0, 1.0 - _GUARD * (1.0 - self.recall))
+
     def band_rows(self, q: Tensor, k: Tensor) -> int | None:
         """See `Pattern.band_rows`: a tile lists at most 11 of 16 keys as columns."""
         tile_bytes = max(1, q.shape[0] * q.shape[1] * k.shape[2] * 4 * (_SOLID - 1) // GRANULE)
@@ -129,6 +142,7 @@ class Adaptive(Pattern):
             q,
             k,
             mass=self.mass,
+            guard=self.guard,
             block_m=self.block_m,
             sink=self.sink,
             q_offset=offset_or_default(q, k, q_offset),
@@ -152,6 +166,7 @@ def adaptive_lists(
     k: Tensor,
     *,
     mass: float,
+    guard: float,
     block_m: int,
     sink: int,
     q_offset: int,
@@ -164,6 +179,7 @@ def adaptive_lists(
         q: [batch, num_heads, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         mass: share of the estimated mass to keep, in [0, 1].
+        guard: share of a tile's middle row's mass to keep, in [0, 1].
         block_m: rows of a tile.
         sink: forced first keys.
         q_offset: position of query row 0.
@@ -183,16 +199,19 @@ def adaptive_lists(
     solid, single = [], []
     for first in range(0, seqlen_q, block_m):
         rows = min(block_m, seqlen_q - first)
-        probe = q[:, :, first : first + rows].sum(2, dtype=torch.float32)
-        grouped = probe.view(batch, heads_kv, heads // heads_kv, -1)
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, seqlen_k)
+        total = q[:, :, first : first + rows].sum(2, dtype=torch.float32)
+        probes = torch.stack((total, q[:, :, first + rows // 2].float()), 2)
+        grouped = probes.view(batch, heads_kv, 2 * (heads // heads_kv), -1)
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, 2, seqlen_k)
         own_end = min(max(first + rows + q_offset, 0), seqlen_k)
         below = position < (own_end if causal else seqlen_k)
         own = (position >= first + q_offset) & (position < own_end)
-        factor = torch.tensor(4 / math.log(2) * softmax_scale / rows, dtype=torch.float32)
-        chosen = _choose(
-            scores * factor.to(q.device), below, below & (own | (position < sink)), mass
-        )
+        seen = position <= first + rows // 2 + q_offset if causal else below
+        scale = 4 / math.log(2) * softmax_scale
+        factors = torch.tensor([scale / rows, scale], dtype=torch.float32, device=q.device)
+        x, check = (scores * factors[:, None]).unbind(2)
+        forced = below & (own | (position < sink))
+        chosen = _choose(x, check, below, seen, forced, mass, guard)
         full = torch.bincount(granule_of[below], minlength=granules).clamp(max=_SOLID)
         count = torch.zeros(batch, heads, granules, dtype=torch.int64, device=q.device)
         count.index_add_(2, granule_of, chosen.long())
@@ -211,32 +230,56 @@ def adaptive_lists(
     )
 
 
-def _choose(x: Tensor, below: Tensor, forced: Tensor, mass: float) -> Tensor:
+def _choose(
+    x: Tensor,
+    check: Tensor,
+    below: Tensor,
+    seen: Tensor,
+    forced: Tensor,
+    mass: float,
+    guard: float,
+) -> Tensor:
     """The kept keys of one tile of every head.
 
     Args:
-        x: float32 [batch, heads, keys].
+        x: float32 [batch, heads, keys] of the tile's sum.
+        check: the same of its middle row.
         below: bool [keys], below the tile's limit.
+        seen: bool [keys], seen by the middle row.
         forced: bool [keys], kept in any case.
         mass: share of the estimated mass.
+        guard: share of the middle row's mass.
 
     Returns:
         bool like x.
     """
     if x.shape[-1] == 0:
         return x.bool()
-    x = x.masked_fill(~below, -math.inf)
+    level, weight, top = _levels(x, below)
+    _, check_weight, _ = _levels(check, below & seen)
+    target = (mass * weight.sum(-1, keepdim=True).double()).ceil().long()
+    check_target = (guard * check_weight.sum(-1, keepdim=True).double()).ceil().long()
+    level = level.masked_fill(forced, -1)
+    # What all better keys and the forced ones weigh; a key is kept if that is too little.
+    order = level.masked_fill(~below, _LEVELS).sort(dim=-1, stable=True)
+    sorted_weight = weight.gather(-1, order.indices)
+    before = torch.zeros_like(weight)
+    before.scatter_(-1, order.indices, sorted_weight.cumsum(-1) - sorted_weight)
+    # What better levels hold of the middle row; place 0 is the forced keys.
+    checked = check_weight.new_zeros((*x.shape[:-1], _LEVELS + 1))
+    checked = checked.scatter_add(-1, level + 1, check_weight)
+    checked_before = (checked.cumsum(-1) - checked).gather(-1, level + 1)
+    kept = (before < target) | (checked_before < check_target)
+    return (kept | forced | ~top.isfinite()) & below
+
+
+def _levels(x: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, weights (0 where not allowed) and the largest of x over the allowed keys."""
+    x = x.masked_fill(~allowed, -math.inf)
     top = x.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).amax(-1, keepdim=True)
     gap = (top - x).nan_to_num(nan=math.inf, posinf=math.inf)
     level = gap.clamp(max=_LEVELS - 1).long()  # not below 0: truncation is the floor
     steps = torch.arange(_LEVELS, dtype=torch.float64, device=x.device)
     weights = (2.0 ** (31 - steps / 4)).round().long()
     weights[-1] = 0
-    weight = weights[level].masked_fill(~below, 0)
-    target = (mass * weight.sum(-1, keepdim=True).double()).ceil().long()
-    # What all better keys and the forced ones weigh; a key is kept if that is too little.
-    order = level.masked_fill(forced, -1).masked_fill(~below, _LEVELS).sort(dim=-1, stable=True)
-    sorted_weight = weight.gather(-1, order.indices)
-    before = sorted_weight.cumsum(-1) - sorted_weight
-    kept = torch.zeros_like(below).expand(x.shape).scatter(-1, order.indices, before < target)
-    return (kept | forced | ~top.isfinite()) & below
+    return level, weights[level].masked_fill(~allowed, 0), top

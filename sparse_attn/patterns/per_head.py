@@ -104,8 +104,8 @@ class PerHead(Pattern):
 
     def band_rows(self, q: Tensor, k: Tensor) -> int | None:
         """See `Pattern.band_rows`: all rows at once unless every member is local to its rows."""
-        members = {pattern for _, pattern in self.patterns}
-        members |= set() if self.default is None else {self.default}
+        members = [pattern for _, pattern in self.patterns]  # a state has no hash
+        members += [] if self.default is None else [self.default]
         bounds = [rows for pattern in members if (rows := pattern.band_rows(q, k)) is not None]
         if not bounds or not all(pattern.row_local for pattern in members):
             return None
