@@ -35,7 +35,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +150,10 @@ def folder_of(model: str, text: str, tokens: int) -> Path:
     return smollm2.cache_dir() / "heads" / f"{model}-{Path(text).stem}-{tokens}"
 
 
-def layers(model: str, text: str, tokens: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(layer, q, k, v) of captured heads in the order of the layers."""
+def layers(
+    model: str, text: str, tokens: int, only: Container[int] | None = None
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(layer, q, k, v) of captured heads in the order of the layers; of some layers, if given."""
     files = sorted(folder_of(model, text, tokens).glob("layer_*.safetensors"))
     if not files:
         raise SystemExit(
@@ -159,6 +161,8 @@ def layers(model: str, text: str, tokens: int) -> Iterator[tuple[int, Tensor, Te
             f"benchmarks/heads.py --model {model} --text {text} --tokens {tokens}"
         )
     for number, file in enumerate(files):
+        if only is not None and number not in only:
+            continue
         tensors = load_file(file)
         yield number, tensors["q"], tensors["k"], tensors["v"]
 

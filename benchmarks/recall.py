@@ -148,13 +148,18 @@ def oracle(q: Tensor, k: Tensor) -> list[dict[str, Any]]:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every method on every layer asked for."""
     name = (arguments.model, arguments.text, arguments.tokens)
-    chosen = arguments.layers and [int(x) for x in arguments.layers.split(",")]
+    only = [int(x) for x in arguments.layers.split(",")] if arguments.layers else None
     methods = ladders(arguments.tokens)
     wanted = arguments.methods.split(",") if arguments.methods else [*methods, "oracle"]
-    records: list[dict[str, Any]] = []
-    for layer, *tensors in layers(*name):
-        if chosen and layer not in chosen:
-            continue
+    report: dict[str, Any] = {
+        "command": "python benchmarks/recall.py " + " ".join(arguments.command_line),
+        "environment": environment(),
+        "model": arguments.model,
+        "text": arguments.text,
+        "tokens": arguments.tokens,
+        "records": [],
+    }
+    for layer, *tensors in layers(*name, only):
         q, k, v = (x.float() for x in tensors)
         lse, seconds = dense_lse(folder_of(*name), layer, q, k, v)
         for method in wanted:
@@ -162,17 +167,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 found = [{"pattern": "oracle", **x} for x in oracle(q, k)]
             else:
                 found = [{"pattern": repr(p), **measure(p, q, k, v, lse)} for p in methods[method]]
-            records += [
+            report["records"] += [
                 {"method": method, "layer": layer, "dense_seconds": seconds, **x} for x in found
             ]
-    return {
-        "command": "python benchmarks/recall.py " + " ".join(arguments.command_line),
-        "environment": environment(),
-        "model": arguments.model,
-        "text": arguments.text,
-        "tokens": arguments.tokens,
-        "records": records,
-    }
+        if arguments.json:  # after every layer: a run may be cut short
+            Path(arguments.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return report
 
 
 # ------------------------------------------------------------------------------ reading
