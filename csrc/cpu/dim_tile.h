@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of a few query rows (decode), vectorised over head_dim: each key and value row is read
 // once for all rows of the tile, in the order it lies in memory, so that the loop runs at memory
-// bandwidth. 16-bit keys and values are widened in registers; all arithmetic is float32.
+// bandwidth. 16-bit keys and values are widened in registers, but for bf16 pairs where the CPU
+// multiplies them and the rows are so many that arithmetic would hold memory up.
 //
 //   score:      kLanes (row, key) dot products at a time, reduced together by one lane-sum tree
-//   accumulate: acc[row][dim] += P[row][key] V[key][dim] for a register block of (row, dim)
+//   softmax:    online, row by row
+//   accumulate: sum[row][dim] += P[row][key] V[key][dim], a few keys and two vectors of dims at a
+//               time for all rows; the chunk's sums stay in L1
+//
+// Meanwhile, the softmax included, the next chunk is prefetched.
 #pragma once
 
 #include "kernels.h"
@@ -16,215 +21,232 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // A vector of lane sums holds kLanes (row, key) products, so no more rows than lanes.
 constexpr int kDimRows = kLanes < kMaxDimRows ? kLanes : kMaxDimRows;
 
-// Vectors of dims that accumulate_dims takes in one pass: 16 accumulators at most.
-template <int kRows>
-constexpr int kWideVecs = kRows <= 2 ? 8 : 16 / kRows;
-
-// How far ahead of the loads memory is asked for, whatever comes next: keys, then values, then the
-// next chunk's keys. 4 KiB is what arrives during one access to DRAM.
-constexpr int kPrefetchBytes = 4096;
+// Keys whose values are added to the sums at a time: their vectors, two each, stay in registers.
+constexpr int kValueKeys = kLanes == 16 ? 8 : 4;
 
 SPARSE_ATTN_INLINE int padded_dim(int dim) {
   return (dim + kLanes - 1) / kLanes * kLanes;
 }
 
-// kTail: the row's length is no multiple of kLanes. Kept out of the loops that need not know.
-template <DType kType, bool kTail>
-SPARSE_ATTN_INLINE Vec load_typed(const char* row, int d, int n) {
-  if constexpr (kTail) return load_row(row, d, n, kType);
-  return load_wide(row + d * (kType == DType::kFloat32 ? 4 : 2), kType);
-}
+// Asks for the next chunk's rows, keys and values in turn, evenly over the work on this chunk, so
+// that memory is never idle while scores, softmax or sums are computed. Shares are of 1,024.
+constexpr int kScoreShare = 448;
+constexpr int kSoftmaxShare = 128;
+constexpr int kValueShare = 448;
 
-// Sums the lanes of the kLanes products and puts them where their row and key belong.
-template <int kRows>
-SPARSE_ATTN_INLINE void scatter_scores(Vec* acc, float* out) {
+struct ChunkPrefetch {
+  const KeyChunk* next;
+  int count;
+  int key_bytes;
+  int value_bytes;
+  int row = 0;
+
+  SPARSE_ATTN_INLINE_MEMBER ChunkPrefetch(const Tile& t, const KeyChunk* next_chunk)
+      : next(next_chunk), count(next_chunk != nullptr ? next_chunk->count : 0) {
+    const int width = t.dtype == DType::kFloat32 ? 4 : 2;
+    key_bytes = t.head_dim * width;
+    value_bytes = t.head_dim_v * width;
+  }
+
+  // To be called when `share` of the work is about to be done. Into L2: a chunk outgrows L1.
+  SPARSE_ATTN_INLINE_MEMBER void reach(int share) {
+    for (const int last = count * share >> 10; row < last; ++row) {
+      prefetch_row<2>(next->k[row], key_bytes);
+      prefetch_row<2>(next->v[row], value_bytes);
+    }
+  }
+};
+
+// How dot products and sums are formed. Plain: float32 arithmetic, rows widened as they are read.
+// kTail: a row's length is no multiple of kLanes; kept out of the loops that need not know.
+template <DType kType>
+struct PlainForm {
+  static constexpr int kDims = kLanes;  // of a row in one vector
+  static constexpr int kKeysAtOnce = 1;
+  typedef Vec Operand;
+
+  template <bool kTail>
+  static SPARSE_ATTN_INLINE_MEMBER Vec key(const char* row, int d, int n) {
+    if constexpr (kTail) return load_row(row, d, n, kType);
+    return load_wide(row + d * (kType == DType::kFloat32 ? 4 : 2), kType);
+  }
+  static SPARSE_ATTN_INLINE_MEMBER Vec query(const Tile& t, int r, int d) {
+    return load(t.q + r * padded_dim(t.head_dim) + d);
+  }
+  // Vectors [dim] of kVecs * kLanes dims of `keys` keys, one after another.
+  template <int kKeys, int kVecs, bool kTail>
+  static SPARSE_ATTN_INLINE_MEMBER void values(const char* const* rows, int, int d, int n,
+                                               Vec (&x)[kKeys][kVecs]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) x[i][j] = key<kTail>(rows[i], d + j * kLanes, n);
+  }
+  static SPARSE_ATTN_INLINE_MEMBER Vec weight(const Tile& t, int r, int key) {
+    return splat(t.scores[r * kChunkKeys + key]);
+  }
+  static SPARSE_ATTN_INLINE_MEMBER Vec multiply_add(Vec a, Vec b, Vec sum) { return a * b + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 pairs: q and K in pairs along dims, P and V in pairs of keys.
+constexpr int kPairQueries = kMaxDimRows * kMaxHeadDim;  // numbers of q before those of P
+
+struct PairForm {
+  static constexpr int kDims = 2 * kLanes;
+  static constexpr int kKeysAtOnce = 2;
+  typedef __m512i Operand;
+
+  template <bool>
+  static SPARSE_ATTN_INLINE_MEMBER __m512i key(const char* row, int d, int) {
+    return _mm512_loadu_si512(row + d * 2);
+  }
+  static SPARSE_ATTN_INLINE_MEMBER __m512i query(const Tile& t, int r, int d) {
+    return _mm512_loadu_si512(t.p_pairs + r * t.head_dim + d);
+  }
+  // Of kKeys pairs of keys, the last perhaps half a one: the values of both interleaved.
+  template <int kKeys, int kVecs, bool>
+  static SPARSE_ATTN_INLINE_MEMBER void values(const char* const* rows, int left, int d, int,
+                                               __m512i (&x)[kKeys][kVecs]) {
+    static_assert(kVecs == 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i) {
+      const __m512i a = _mm512_loadu_si512(rows[2 * i] + d * 2);
+      const __m512i b = 2 * i + 1 < left ? _mm512_loadu_si512(rows[2 * i + 1] + d * 2) : __m512i{};
+      interleave_pairs(a, b, x[i][0], x[i][1]);
+    }
+  }
+  static SPARSE_ATTN_INLINE_MEMBER __m512i weight(const Tile& t, int r, int key) {
+    return splat_pair(t.p_pairs + kPairQueries + r * kChunkKeys + key);
+  }
+  static SPARSE_ATTN_INLINE_MEMBER Vec multiply_add(__m512i a, __m512i b, Vec sum) {
+    return dot_pairs(sum, a, b);
+  }
+};
+#endif
+
+// scores[row][key] for kRows rows and kLanes / kRows keys.
+template <class Form, int kRows, bool kTail>
+SPARSE_ATTN_INLINE void score_block(const Tile& t, int first_row, const char* const* k,
+                                    float* out) {
   constexpr int kKeys = kLanes / kRows;
+  constexpr int kTogether = kRows < 4 ? 4 / kRows : kKeys;
+  const int n = t.head_dim;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kKeys; i += kTogether) {
+    Vec sum[kRows][kTogether];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < kTogether; ++j) sum[r][j] = Vec{};
+#pragma GCC unroll 2
+    for (int d = 0; d < n; d += Form::kDims) {
+      typename Form::Operand x[kTogether];
+#pragma GCC unroll 8
+      for (int j = 0; j < kTogether; ++j) x[j] = Form::template key<kTail>(k[i + j], d, n);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        auto q = Form::query(t, first_row + r, d);
+        if constexpr (kTogether > 1) keep(q);
+#pragma GCC unroll 8
+        for (int j = 0; j < kTogether; ++j) sum[r][j] = Form::multiply_add(q, x[j], sum[r][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < kTogether; ++j) acc[r * kKeys + i + j] = sum[r][j];
+  }
   float packed[kLanes];
   store(packed, sum_lanes<kLanes / 2>(acc));
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-    memcpy(out + r * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
+    memcpy(out + (first_row + r) * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
 }
 
-// scores[row][key] for kRows rows and kLanes / kRows keys, key by key: memory is read in order.
-template <DType kType, int kRows, bool kTail>
-SPARSE_ATTN_INLINE void score_dims(const Tile& t, const char* const* k, float* out) {
-  constexpr int kKeys = kLanes / kRows;
-  const int pitch = padded_dim(t.head_dim);
-  Vec acc[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kKeys; ++i) {
-    Vec sum[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] = Vec{};
-    for (int d = 0; d < t.head_dim; d += kLanes) {
-      const Vec x = load_typed<kType, kTail>(k[i], d, t.head_dim);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum[r] = load(t.q + r * pitch + d) * x + sum[r];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = sum[r];
+template <class Form, int kRows, bool kTail>
+SPARSE_ATTN_KERNEL void score_chunk(Tile& t, const KeyChunk& c, ChunkPrefetch& prefetch) {
+  // Twice as many lanes as rows at least: else a query vector would serve one key only.
+  constexpr int kBlockRows = kRows < kLanes / 2 ? kRows : kLanes / 2;
+  constexpr int kKeys = kLanes / kBlockRows;
+  const int step = kScoreShare * kKeys / c.count;
+  int share = 0;
+  int i = 0;
+  for (; i + kKeys <= c.count; i += kKeys) {
+    prefetch.reach(share += step);
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r += kBlockRows)
+      score_block<Form, kBlockRows, kTail>(t, r, c.k + i, t.scores + i);
   }
-  scatter_scores<kRows>(acc, out);
+  if (i == c.count) return;
+  const char* keys[kKeys];
+  for (int j = 0; j < kKeys; ++j) keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
+  for (int r = 0; r < kRows; r += kBlockRows)
+    score_block<Form, kBlockRows, kTail>(t, r, keys, t.scores + i);
 }
 
-// Asks for rows line by line, from where the last call stopped.
-struct RowPrefetch {
-  const char* const* rows;
-  int count;
-  int row_bytes;
-  int row = 0;
-  int offset = 0;
-
-  SPARSE_ATTN_INLINE_MEMBER void advance(int bytes) {
-    for (; bytes > 0 && row < count; bytes -= 64) {
-      __builtin_prefetch(rows[row] + offset, 0, 3);
-      offset += 64;
-      if (offset >= row_bytes) {
-        offset = 0;
-        ++row;
-      }
-    }
-  }
-};
-
-// What accumulate_dims asks for while it reads a slice of every value row: its own slice of the
-// rows ahead, then the next slice, then the next chunk's keys.
-template <int kSlice>
-struct ValuePrefetch {
-  static constexpr int kAhead =
-      kPrefetchBytes / kSlice < kChunkKeys ? kPrefetchBytes / kSlice : kChunkKeys;
-  const KeyChunk& chunk;
-  int slice;
-  bool last_pass;
-  RowPrefetch next_keys;
-
-  SPARSE_ATTN_INLINE_MEMBER void step(int key) {
-    const int ahead = key + kAhead;
-    if (ahead < chunk.count) {
-      prefetch_row<1>(chunk.v[ahead] + slice, kSlice);
-    } else if (last_pass) {
-      next_keys.advance(kSlice);
-    } else if (ahead - chunk.count < chunk.count) {
-      prefetch_row<1>(chunk.v[ahead - chunk.count] + slice + kSlice, kSlice);
-    }
-  }
-};
-
-template <int kSlice>
-SPARSE_ATTN_INLINE ValuePrefetch<kSlice> value_prefetch(const Tile& t, const KeyChunk& c,
-                                                        int first_dim, const KeyChunk* next) {
-  const int width = static_cast<int>(element_size(t.dtype));
-  const int slice = first_dim * width;
-  RowPrefetch keys{nullptr, 0, t.head_dim * width};
-  if (next != nullptr) keys = {next->k, next->count, t.head_dim * width};
-  return {c, slice, slice + kSlice >= t.head_dim_v * width, keys};
-}
-
-// acc = alpha acc + sum of this chunk, for kRows rows and kVecs vectors of dims.
-template <int kRows, int kVecs>
-SPARSE_ATTN_INLINE void add_to_acc(Tile& t, int first_dim, const Vec (&sum)[kRows][kVecs]) {
+// sum[row][dim] += P V for kKeys keys (or pairs of them) and kVecs vectors of dims.
+template <class Form, int kRows, int kKeys, int kVecs, bool kTail>
+SPARSE_ATTN_INLINE void add_values(Tile& t, const KeyChunk& c, int key, int d) {
   const int pitch = padded_dim(t.head_dim_v);
+  typename Form::Operand x[kKeys][kVecs];
+  Form::template values<kKeys, kVecs, kTail>(c.v + key, c.count - key, d, t.head_dim_v, x);
+  float* at = t.chunk_acc + d;
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r, at += pitch) {
+    Vec sum[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) sum[j] = load(at + j * kLanes);
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) {
-      float* at = t.acc + r * pitch + first_dim + j * kLanes;
-      store(at, load(at) * t.alpha[r] + sum[r][j]);
+    for (int i = 0; i < kKeys; ++i) {
+      auto p = Form::weight(t, r, key + i * Form::kKeysAtOnce);
+      if constexpr (kVecs > 1) keep(p);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) sum[j] = Form::multiply_add(p, x[i][j], sum[j]);
     }
-}
-
-template <DType kType, int kRows, int kVecs, bool kTail>
-SPARSE_ATTN_KERNEL void accumulate_dims(Tile& t, const KeyChunk& c, int first_dim,
-                                        const KeyChunk* next) {
-  constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
-  auto prefetch = value_prefetch<kVecs * kLanes * kWidth>(t, c, first_dim, next);
-  const int dims = t.head_dim_v;
-  const int count = c.count;
-  const float* p = t.scores;
-  Vec sum[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) sum[r][j] = Vec{};
-  for (int key = 0; key < count; ++key) {
-    prefetch.step(key);
-    const char* row = c.v[key];
-    Vec x[kVecs];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j)
-      x[j] = load_typed<kType, kTail>(row, first_dim + j * kLanes, dims);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec b = splat(p[r * kChunkKeys + key]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[r][j] = b * x[j] + sum[r][j];
-    }
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) store(at + j * kLanes, sum[j]);
   }
-  add_to_acc<kRows, kVecs>(t, first_dim, sum);
 }
 
-#if defined(__AVX512BF16__)
-// The same two products on bf16 pairs, for tiles of so many rows that widening and float32
-// arithmetic would be slower than memory: q in pairs along dims, P and V in pairs of keys.
-constexpr int kPairDims = 2 * kLanes;
-constexpr int kPairQueries = kMaxDimRows * kMaxHeadDim;  // numbers of q before those of P
-
-template <int kRows>
-SPARSE_ATTN_INLINE void score_dims_pairs(const Tile& t, const char* const* k, float* out) {
-  constexpr int kKeys = kLanes / kRows;
-  Vec acc[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kKeys; ++i) {
-    Vec sum[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[r] = Vec{};
-    for (int d = 0; d < t.head_dim; d += kPairDims) {
-      const __m512i x = _mm512_loadu_si512(k[i] + d * 2);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r)
-        sum[r] = dot_pairs(sum[r], _mm512_loadu_si512(t.p_pairs + r * t.head_dim + d), x);
+template <class Form, int kRows, int kKeys>
+SPARSE_ATTN_INLINE void add_value_rows(Tile& t, const KeyChunk& c, int key) {
+  const int n = t.head_dim_v;
+  int d = 0;
+  for (; d + 2 * kLanes <= n; d += 2 * kLanes)
+    add_values<Form, kRows, kKeys, 2, false>(t, c, key, d);
+  if constexpr (Form::kKeysAtOnce == 1) {
+    if (d + kLanes <= n) {
+      add_values<Form, kRows, kKeys, 1, false>(t, c, key, d);
+      d += kLanes;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) acc[r * kKeys + i] = sum[r];
+    if (d < n) add_values<Form, kRows, kKeys, 1, true>(t, c, key, d);
   }
-  scatter_scores<kRows>(acc, out);
 }
 
-template <int kRows, int kVecs>
-SPARSE_ATTN_KERNEL void accumulate_dims_pairs(Tile& t, const KeyChunk& c, int first_dim,
-                                              const KeyChunk* next) {
-  auto prefetch = value_prefetch<kVecs * kLanes * 2>(t, c, first_dim, next);
-  const int count = c.count;
-  uint16_t* p = t.p_pairs + kPairQueries;
-  for (int r = 0; r < kRows && first_dim == 0; ++r)
-    for (int key = 0; key < kChunkKeys; key += kLanes) {
-      const HalfVec half = narrow_bf16(load(t.scores + r * kChunkKeys + key));
-      memcpy(p + r * kChunkKeys + key, &half, sizeof(half));
-    }
-  Vec sum[kRows][kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) sum[r][j] = Vec{};
-  for (int key = 0; key < count; key += 2) {
-    prefetch.step(key);
-    prefetch.step(key + 1);
-    const char* a = c.v[key] + first_dim * 2;
-    const char* b = key + 1 < count ? c.v[key + 1] + first_dim * 2 : nullptr;
-    alignas(64) uint16_t pairs[2 * kVecs * kLanes];
-    pair_values(a, b, kVecs * kLanes, pairs);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i weight = splat_pair(p + r * kChunkKeys + key);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j)
-        sum[r][j] = dot_pairs(sum[r][j], weight, _mm512_loadu_si512(pairs + j * 2 * kLanes));
-    }
+// acc = alpha acc + P V. The chunk's sum is formed by itself: added key by key to a long running
+// sum, its digits would be lost.
+template <class Form, int kRows>
+SPARSE_ATTN_KERNEL void accumulate_chunk(Tile& t, const KeyChunk& c, ChunkPrefetch& prefetch) {
+  constexpr int kKeys = kValueKeys;
+  const int pitch = padded_dim(t.head_dim_v);
+  memset(t.chunk_acc, 0, sizeof(float) * pitch * kRows);
+  const int step = kValueShare * kKeys / c.count;
+  int share = kScoreShare + kSoftmaxShare;
+  int key = 0;
+  for (; key + kKeys <= c.count; key += kKeys) {
+    prefetch.reach(share += step);
+    add_value_rows<Form, kRows, kKeys / Form::kKeysAtOnce>(t, c, key);
   }
-  add_to_acc<kRows, kVecs>(t, first_dim, sum);
+  for (; key < c.count; key += Form::kKeysAtOnce) add_value_rows<Form, kRows, 1>(t, c, key);
+  for (int r = 0; r < kRows; ++r) {
+    float* acc = t.acc + r * pitch;
+    const float* sum = t.chunk_acc + r * pitch;
+    for (int d = 0; d < pitch; d += kLanes)
+      store(acc + d, load(acc + d) * t.alpha[r] + load(sum + d));
+  }
 }
-#endif
 
 // Hides what limits and bits hide of one row's scores.
 inline void mask_row(Tile& t, const KeyChunk& c, int r) {
@@ -268,74 +290,37 @@ SPARSE_ATTN_KERNEL void softmax_row(Tile& t, const KeyChunk& c, int r) {
   t.row_sum[r] = t.row_sum[r] * t.alpha[r] + add_lanes(sum);
 }
 
-template <DType kType, int kRows, class Score>
-SPARSE_ATTN_INLINE void score_chunk(Tile& t, const KeyChunk& c, Score score_keys) {
-  constexpr int kKeys = kLanes / kRows;
-  constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
-  constexpr int kSlice = kWideVecs<kRows> * kLanes * kWidth;  // of the first pass over the values
-  const int key_bytes = t.head_dim * kWidth;
-  const int ahead = (kPrefetchBytes + key_bytes - 1) / key_bytes;  // keys
-  const char* keys[kLanes];
-  for (int i = 0; i < c.count; i += kKeys) {
-    for (int j = 0; j < kKeys; ++j) {
-      const int key = i + j;
-      keys[j] = c.k[key < c.count ? key : c.count - 1];
-      if (key + ahead < c.count) {
-        prefetch_row<1>(c.k[key + ahead], key_bytes);
-        continue;
-      }
-      // Past the keys come the values' slices for the first pass.
-      const int begin = (key + ahead - c.count) * key_bytes;
-      for (int at = begin / kSlice; at < (begin + key_bytes) / kSlice && at < c.count; ++at)
-        prefetch_row<1>(c.v[at], kSlice);
-    }
-    score_keys(keys, t.scores + i);
+template <class Form, int kRows, bool kTail>
+SPARSE_ATTN_INLINE void attend_with(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  ChunkPrefetch prefetch(t, next);
+  score_chunk<Form, kRows, kTail>(t, c, prefetch);
+  for (int r = 0; r < t.rows; ++r) {
+    prefetch.reach(kScoreShare + kSoftmaxShare * (r + 1) / t.rows);
+    softmax_row(t, c, r);
   }
-}
-
-// Whether a tile's dot products run on pairs: only where arithmetic would hold memory up.
-template <DType kType, int kRows>
-SPARSE_ATTN_INLINE bool dims_in_pairs(int dim) {
-  constexpr int kWide = kWideVecs<kRows> * kLanes;
-  return kHasBf16Dot && kType == DType::kBFloat16 && kRows >= 4 && dim % (2 * kLanes) == 0 &&
-         dim % kWide == 0;
+  for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
+#if defined(__AVX512BF16__)
+  if constexpr (Form::kKeysAtOnce == 2) {
+    uint16_t* p = t.p_pairs + kPairQueries;
+    for (int r = 0; r < kRows; ++r)
+      for (int key = 0; key < kChunkKeys; key += kLanes) {
+        const HalfVec half = narrow_bf16(load(t.scores + r * kChunkKeys + key));
+        memcpy(p + r * kChunkKeys + key, &half, sizeof(half));
+      }
+  }
+#endif
+  accumulate_chunk<Form, kRows>(t, c, prefetch);
 }
 
 template <DType kType, int kRows>
 SPARSE_ATTN_INLINE void dim_attend_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
-  const auto score = [&](auto form) __attribute__((always_inline)) {
-    score_chunk<kType, kRows>(
-        t, c, [&](const char* const* keys, float* out) __attribute__((always_inline)) {
 #if defined(__AVX512BF16__)
-          if constexpr (decltype(form)::value == 2) return score_dims_pairs<kRows>(t, keys, out);
+  if constexpr (kType == DType::kBFloat16 && kRows >= 4)
+    if (t.head_dim % PairForm::kDims == 0 && t.head_dim_v % PairForm::kDims == 0)
+      return attend_with<PairForm, kRows, false>(t, c, next);
 #endif
-          score_dims<kType, kRows, decltype(form)::value == 1>(t, keys, out);
-        });
-  };
-  if (dims_in_pairs<kType, kRows>(t.head_dim)) {
-    score(Int<2>{});
-  } else if (t.head_dim % kLanes == 0) {
-    score(Int<0>{});
-  } else {
-    score(Int<1>{});
-  }
-  for (int r = 0; r < t.rows; ++r) softmax_row(t, c, r);
-  for (int r = t.rows; r < kRows; ++r) t.alpha[r] = 0.0f;
-  // Register blocks: as wide as fits, then single vectors, the last with a tail.
-  constexpr int kWide = kWideVecs<kRows>;
-  int d = 0;
-#if defined(__AVX512BF16__)
-  if (dims_in_pairs<kType, kRows>(t.head_dim_v)) {
-    for (; d < t.head_dim_v; d += kWide * kLanes)
-      accumulate_dims_pairs<kRows, kWide>(t, c, d, next);
-    return;
-  }
-#endif
-  for (; d + kWide * kLanes <= t.head_dim_v; d += kWide * kLanes)
-    accumulate_dims<kType, kRows, kWide, false>(t, c, d, next);
-  for (; d + kLanes <= t.head_dim_v; d += kLanes)
-    accumulate_dims<kType, kRows, 1, false>(t, c, d, next);
-  if (d < t.head_dim_v) accumulate_dims<kType, kRows, 1, true>(t, c, d, next);
+  if (t.head_dim % kLanes == 0) return attend_with<PlainForm<kType>, kRows, false>(t, c, next);
+  attend_with<PlainForm<kType>, kRows, true>(t, c, next);
 }
 
 template <DType kType>

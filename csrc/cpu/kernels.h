@@ -39,6 +39,7 @@ struct Tile {
   alignas(64) float q[kMaxHeadDim * kTileRows];
   alignas(64) float scores[kChunkKeys * kTileRows];
   alignas(64) float acc[kMaxHeadDim * kTileRows];
+  alignas(64) float chunk_acc[kMaxHeadDim * kMaxDimRows];  // a chunk's part of acc[row][dim]
   // A chunk's keys and values in the form that the inner loop wants (see row_tile.h).
   alignas(64) uint16_t p_pairs[kChunkKeys * kTileRows];
   alignas(64) float k_wide[kChunkKeys * kMaxHeadDim];

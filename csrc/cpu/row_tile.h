@@ -174,17 +174,25 @@ SPARSE_ATTN_KERNEL void accumulate_pairs(const uint16_t* __restrict p, const uin
   }
 }
 
-// Interleaves the values of two keys: to[dim][2]. A missing second key counts as zeros.
-SPARSE_ATTN_INLINE void pair_values(const char* a, const char* b, int n, uint16_t* to) {
+// Interleaves two vectors of 32 numbers: the pairs of the first 16, and of the others.
+SPARSE_ATTN_INLINE void interleave_pairs(__m512i x, __m512i y, __m512i& first, __m512i& second) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
                                        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  first = _mm512_permutex2var_epi16(x, low, y);
+  second = _mm512_permutex2var_epi16(x, high, y);
+}
+
+// Interleaves the values of two keys: to[dim][2]. A missing second key counts as zeros.
+SPARSE_ATTN_INLINE void pair_values(const char* a, const char* b, int n, uint16_t* to) {
   for (int d = 0; d < n; d += 32) {
     const __mmask32 mask = n - d >= 32 ? ~0u : (1u << (n - d)) - 1;
     const __m512i x = _mm512_maskz_loadu_epi16(mask, a + d * 2);
     const __m512i y = b != nullptr ? _mm512_maskz_loadu_epi16(mask, b + d * 2) : __m512i{};
-    _mm512_store_si512(to + 2 * d, _mm512_permutex2var_epi16(x, low, y));
-    _mm512_store_si512(to + 2 * d + 32, _mm512_permutex2var_epi16(x, high, y));
+    __m512i first, second;
+    interleave_pairs(x, y, first, second);
+    _mm512_store_si512(to + 2 * d, first);
+    _mm512_store_si512(to + 2 * d + 32, second);
   }
 }
 #endif

@@ -99,6 +99,19 @@ SPARSE_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// Holds x in a register: else the compiler may read memory again at each of its uses, and loads,
+// not arithmetic, would bound the loop.
+template <class T>
+SPARSE_ATTN_INLINE void keep(T& x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#else
+  (void)x;
+#endif
+}
+
 // Lane i of the result is lane pick[i] of a, or lane pick[i] - kLanes of b.
 SPARSE_ATTN_INLINE Vec shuffle(Vec a, Vec b, IntVec pick) {
 #if defined(__clang__)
@@ -159,23 +172,21 @@ SPARSE_ATTN_INLINE Vec sum_lanes(Vec* x) {
   }
 }
 
-SPARSE_ATTN_INLINE float max_lane(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float m = x[0];
-  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
-  return m;
-#endif
+template <int kStep>
+SPARSE_ATTN_INLINE Vec swap_lanes(Vec x) {  // lane i of the result is lane i ^ kStep
+  IntVec pick;
+  for (int i = 0; i < kLanes; ++i) pick[i] = i ^ kStep;
+  return shuffle(x, x, pick);
 }
+template <int kStep = kLanes / 2>
+SPARSE_ATTN_INLINE float max_lane(Vec x) {
+  if constexpr (kStep == 0) return x[0];
+  return max_lane<kStep / 2>(max(x, swap_lanes<kStep>(x)));
+}
+template <int kStep = kLanes / 2>
 SPARSE_ATTN_INLINE float add_lanes(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float sum = x[0];
-  for (int i = 1; i < kLanes; ++i) sum += x[i];
-  return sum;
-#endif
+  if constexpr (kStep == 0) return x[0];
+  return add_lanes<kStep / 2>(x + swap_lanes<kStep>(x));
 }
 
 // 2^x for x <= 0 (any x below 128), 0 at -inf. Relative error of kDegree 6: 6.5e-8, 4: 3e-6.

@@ -70,7 +70,16 @@ extern "C" double machine_fma(int bits, std::int64_t iterations, double* sink) {
 
 // Sum of `bytes` bytes at `data` (64-byte aligned, a multiple of 1024), read once in order.
 extern "C" std::int64_t machine_read(const void* data, std::size_t bytes) {
-    typedef std::int64_t Vec __attribute__((vector_size(64)));
+    // As wide as the registers are: wider sums are spilled, and bound the loop instead of memory.
+#ifdef __AVX512F__
+    constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+    constexpr int kBytes = 32;
+#else
+    constexpr int kBytes = 16;
+#endif
+    typedef std::int64_t Vec __attribute__((vector_size(kBytes)));
+    constexpr int kLanes = kBytes / sizeof(std::int64_t);
     const Vec* line = static_cast<const Vec*>(data);
     const Vec* end = line + bytes / sizeof(Vec);
     Vec sums[8] = {};
@@ -80,7 +89,7 @@ extern "C" std::int64_t machine_read(const void* data, std::size_t bytes) {
     }
     std::int64_t total = 0;
     for (int i = 0; i < 8; ++i) {
-        for (int lane = 0; lane < 8; ++lane) total += sums[i][lane];
+        for (int lane = 0; lane < kLanes; ++lane) total += sums[i][lane];
     }
     return total;
 }
