@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor, const Tensor, const Tenso
                                          const OptionalTensor, const Tensor, const Tensor,
                                          const OptionalTensor, int64_t, int64_t,
                                          const OptionalTensor, int64_t, bool, double, double,
-                                         const OptionalTensor);
+                                         const OptionalTensor, const OptionalTensor);
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor, const Tensor, const Tensor, const Tensor, const Tensor, const Tensor,
     const Tensor, const Tensor, const Tensor, const OptionalTensor, const OptionalTensor,
@@ -86,7 +86,7 @@ std::string cpu_capability();
 
 // clang-format off
 STABLE_TORCH_LIBRARY(sparse_attn, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks) -> (Tensor out, Tensor lse)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks, Tensor? block_table=None) -> (Tensor out, Tensor lse)");
   m.def("attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("adaptive_lists(Tensor q, Tensor k, float mass, float guard, int block_m, int sink, SymInt q_offset, bool causal, float softmax_scale) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
   m.def("check_index(" INDEX_ARGS ", int seqlen_q, int seqlen_k) -> ()");

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_attn import backends, ops
 from sparse_attn.index import SparseIndex
+from sparse_attn.paged import check_pages, gather_pages
 from sparse_attn.patterns import Pattern, resolve
 from sparse_attn.patterns.per_head import same_tiles
 
@@ -226,6 +227,7 @@ def attention_decode(
     pattern: PatternLike = "dense",
     *,
     cache_seqlens: Tensor | int | None = None,
+    block_table: Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     q_offset: int | None = None,
@@ -239,11 +241,16 @@ def attention_decode(
     Args:
         q: [batch, num_heads, seqlen_q, head_dim], usually seqlen_q 1; the last of its keys is the
             last one in the cache.
-        k_cache: [batch, num_heads_kv, capacity, head_dim].
-        v_cache: [batch, num_heads_kv, capacity, head_dim_v].
-        pattern: as in `attention`.
+        k_cache: [batch, num_heads_kv, capacity, head_dim]; with block_table a pool of pages
+            [num_pages, page_size, num_heads_kv, head_dim], page_size a multiple of 8.
+        v_cache: [batch, num_heads_kv, capacity, head_dim_v], or accordingly in pages.
+        pattern: as in `attention`. One that reads keys to choose among them is given a contiguous
+            copy of each sequence's keys, if they lie in pages.
         cache_seqlens: int32 [batch] or one int, keys in the cache with those of q; default all.
             Keys past them are never read.
+        block_table: int32 [batch, max_pages]: key j of sequence b lies in page
+            block_table[b, j // page_size] at j % page_size. Entries past a sequence's keys are
+            not read. Pages may be shared; for a pool in head-major order pass transpose(1, 2).
         q_offset: position of row 0, default cache_seqlens - seqlen_q.
         causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
 
@@ -251,9 +258,28 @@ def attention_decode(
         As `attention`.
 
     Raises:
-        TypeError, ValueError, UnsupportedError: as `attention`.
+        TypeError, ValueError, UnsupportedError: as `attention`; also if a gradient through pages
+            is asked for.
+        RuntimeError: block_table names a page that the pool does not have.
+
+    Example:
+        >>> import torch, sparse_attn
+        >>> q, pool = torch.randn(2, 8, 1, 64), torch.randn(10, 16, 2, 64)  # 10 pages of 16 keys
+        >>> table = torch.tensor([[7, 2, 5], [0, 9, 0]], dtype=torch.int32)
+        >>> lens = torch.tensor([40, 19], dtype=torch.int32)
+        >>> sparse_attn.attention_decode(q, pool, pool, cache_seqlens=lens, block_table=table).shape
+        torch.Size([2, 8, 1, 64])
     """
     function = "attention_decode"
+    if block_table is not None:
+        ranges = check_pages(function, q, k_cache, v_cache, block_table, cache_seqlens, q_offset)
+        k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        index = _paged_index(pattern, q, k, block_table, ranges, causal, softmax_scale)
+        out, lse = _run(
+            *(function, q, k, v, index, ranges, 0, causal, softmax_scale, softcap, sinks, backend),
+            block_table=block_table,
+        )
+        return (out, lse) if return_lse else out
     if cache_seqlens is None:
         return attention(
             q,
@@ -339,6 +365,7 @@ def _run(
     softcap: float | None,
     sinks: Tensor | None,
     backend: str,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_heads, num_heads_kv = q.shape[1], k.shape[1]
     # Spelt out: under torch.compile, `in` does not find a symbolic size in a tuple.
@@ -384,6 +411,7 @@ def _run(
         softmax_scale=scale,
         softcap=softcap or 0.0,
         sinks=sinks,
+        block_table=block_table,
     )
 
 
@@ -475,6 +503,32 @@ def _ranges_index(
             )
         )
     return SparseIndex.stack(same_tiles(parts))
+
+
+def _paged_index(
+    pattern: Any,
+    q: Tensor,
+    k: Tensor,
+    block_table: Tensor,
+    seq_ranges: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+) -> SparseIndex:
+    """As `_ranges_index`, of keys [num_pages, num_heads_kv, page_size, head_dim] in pages."""
+    chosen = pattern
+    if not isinstance(pattern, SparseIndex) and not _is_block_mask(pattern):
+        chosen = resolve(pattern, q.shape[1])
+    if not getattr(chosen, "data_dependent", False):
+        # What reads no keys sees a stand-in of their shape, which takes no memory.
+        shape = (q.shape[0], k.shape[1], block_table.shape[1] * k.shape[2], k.shape[3])
+        keys = k.new_empty(()).expand(shape)
+        return _ranges_index(chosen, q, keys, seq_ranges, causal, softmax_scale)
+    parts = []
+    for s, (_, _, _, k_len, q_offset) in enumerate(seq_ranges.tolist()):
+        member = chosen.of_sequence(s)
+        own = gather_pages(k, block_table[s], k_len)
+        parts.append(build_index(member, q[s : s + 1], own, causal, softmax_scale, q_offset))
+    return SparseIndex.stack(parts)
 
 
 def _is_block_mask(pattern: Any) -> bool:

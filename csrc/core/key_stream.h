@@ -30,16 +30,68 @@ struct TileShape {
   int32_t rows() const { return rows_per_head * heads; }
 };
 
+// Where a sequence's keys and values lie: in one run, or page by page.
+class RowPointers {
+ public:
+  // `first` is the sequence's key 0 on the axis that the pages make up.
+  RowPointers(const AttentionParams& params, const char* k, const char* v,
+              const int32_t* block_table, int64_t first)
+      : block_table_(block_table), page_size_(params.pages.page_size), first_(first) {
+    const int64_t width = element_size(params.dtype);
+    const auto make = [&](const char* base, const TensorView& x) {
+      return Rows{base, base, x.row_stride * width, x.batch_stride * width};
+    };
+    k_ = make(k, params.k);
+    v_ = make(v, params.v);
+    if (block_table != nullptr) end_ = 0;  // no page yet
+  }
+
+  // Writes pointers to the rows of at most n keys from `key` on; returns how many, at least one.
+  int32_t take(int64_t key, int32_t n, const char** k, const char** v) {
+    if (key < begin_ || key >= end_) find_page(key);
+    n = static_cast<int32_t>(std::min<int64_t>(n, end_ - key));
+    const char* from_k = k_.begin + (key - begin_) * k_.stride;
+    const char* from_v = v_.begin + (key - begin_) * v_.stride;
+    for (int32_t i = 0; i < n; ++i) {
+      k[i] = from_k + i * k_.stride;
+      v[i] = from_v + i * v_.stride;
+    }
+    return n;
+  }
+
+ private:
+  struct Rows {
+    const char* base;   // of page 0
+    const char* begin;  // of the run at hand
+    int64_t stride;     // bytes from row to row
+    int64_t page_stride;
+  };
+
+  void find_page(int64_t key) {
+    const int64_t entry = (first_ + key) / page_size_;
+    begin_ = entry * page_size_ - first_;
+    end_ = begin_ + page_size_;
+    k_.begin = k_.base + block_table_[entry] * k_.page_stride;
+    v_.begin = v_.base + block_table_[entry] * v_.page_stride;
+  }
+
+  const int32_t* block_table_;
+  int64_t page_size_;
+  int64_t first_;
+  Rows k_{}, v_{};
+  int64_t begin_ = 0;  // keys of the run at hand
+  int64_t end_ = INT64_MAX;
+};
+
 class KeyStream {
  public:
-  // `index_head` / `index_batch` are the index's own axes; k and v point at key 0 of the sequence.
+  // `index_head` / `index_batch` are the index's own axes; k and v point at key 0 of the sequence,
+  // or of page 0 if `block_table` has the sequence's pages.
   KeyStream(const AttentionParams& params, const Sequence& sequence, const TileShape& tile,
-            int64_t index_batch, int64_t index_head, const char* k, const char* v)
+            int64_t index_batch, int64_t index_head, const char* k, const char* v,
+            const int32_t* block_table = nullptr)
       : index_(params.index),
-        k_(k),
-        v_(v),
-        k_stride_(params.k.row_stride * element_size(params.dtype)),
-        v_stride_(params.v.row_stride * element_size(params.dtype)),
+        rows_(params, k, v, block_table, block_table == nullptr ? 0 : sequence.k_start),
         tile_(tile) {
     const int32_t* head = index_.heads + index_head * 4;
     set_causal_limits(sequence, params.causal);
@@ -171,13 +223,11 @@ class KeyStream {
     if (n <= 0) return;
     note_limits(chunk, limits, key, key + n - 1);
     if (mask >= 0) begin_bits(chunk);
-    const char* k = k_ + key * k_stride_;
-    const char* v = v_ + key * v_stride_;
+    for (int32_t i = 0; i < n;)
+      i += rows_.take(key + i, n - i, chunk.k + chunk.count + i, chunk.v + chunk.count + i);
     for (int32_t i = 0; i < n; ++i) {
       const int32_t at = chunk.count + i;
       chunk.position[at] = key + i;
-      chunk.k[at] = k + i * k_stride_;
-      chunk.v[at] = v + i * v_stride_;
       if (chunk.has_bits)
         chunk.bits[at] = mask < 0 ? ~uint64_t{0} : row_bits(mask, offset_in_block + i);
       if (chunk.has_bias) chunk.bias[at] = 0.0f;
@@ -206,8 +256,7 @@ class KeyStream {
       const int32_t at = chunk.count + taken;
       const int32_t key = keys[taken];
       chunk.position[at] = key;
-      chunk.k[at] = k_ + key * k_stride_;
-      chunk.v[at] = v_ + key * v_stride_;
+      rows_.take(key, 1, chunk.k + at, chunk.v + at);
       if (chunk.has_bits) chunk.bits[at] = ~uint64_t{0};
       if (chunk.has_bias) chunk.bias[at] = index_.column_bias[column_ + taken];
     }
@@ -241,10 +290,7 @@ class KeyStream {
   }
 
   const IndexView& index_;
-  const char* k_;
-  const char* v_;
-  int64_t k_stride_;
-  int64_t v_stride_;
+  RowPointers rows_;
   TileShape tile_;
   TileLists lists_;
   Segment segments_[2];

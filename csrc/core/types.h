@@ -49,6 +49,14 @@ struct Sequence {
   int64_t q_start, q_len, k_start, k_len, q_offset;
 };
 
+// Keys and values in pages of any order: key j of sequence s lies in page
+// block_table[s][j / page_size]. The batch axis of k and v then counts pages.
+struct PageView {
+  const int32_t* block_table = nullptr;  // [num_sequences, max_pages]; null: not paged
+  int64_t max_pages = 0;
+  int64_t page_size = 0;
+};
+
 struct AttentionParams {
   TensorView q;                         // [batch, num_heads, seqlen_q, head_dim]
   TensorView k;                         // [batch, num_heads_kv, seqlen_k, head_dim]
@@ -58,6 +66,7 @@ struct AttentionParams {
   const float* sinks = nullptr;         // [num_heads] or null
   const Sequence* sequences = nullptr;  // [num_sequences]
   IndexView index;
+  PageView pages;
   DType dtype = DType::kFloat32;
   int64_t num_sequences = 0;
   int64_t num_heads = 0;

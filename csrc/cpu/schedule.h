@@ -155,6 +155,10 @@ inline KeyStream key_stream(const AttentionParams& p, const Unit& unit, const Ti
   const Sequence& s = p.sequences[unit.sequence];
   const int64_t head_kv = unit.first_head / (p.num_heads / p.num_heads_kv);
   const int64_t width = element_size(p.dtype);
+  if (p.pages.block_table != nullptr)
+    return KeyStream(p, s, shape, unit.index_batch, unit.index_head,
+                     row_pointer(p.k, 0, head_kv, 0, width), row_pointer(p.v, 0, head_kv, 0, width),
+                     p.pages.block_table + unit.sequence * p.pages.max_pages);
   return KeyStream(p, s, shape, unit.index_batch, unit.index_head,
                    row_pointer(p.k, s.batch, head_kv, s.k_start, width),
                    row_pointer(p.v, s.batch, head_kv, s.k_start, width));

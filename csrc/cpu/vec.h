@@ -103,9 +103,9 @@ SPARSE_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 // not arithmetic, would bound the loop.
 template <class T>
 SPARSE_ATTN_INLINE void keep(T& x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(SPARSE_ATTN_EMULATED)
   asm("" : "+v"(x));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(SPARSE_ATTN_EMULATED)
   asm("" : "+x"(x));
 #else
   (void)x;

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> attention_cpu(
     const std::optional<Tensor> block_bits, const Tensor column_indptr, const Tensor column_indices,
     const std::optional<Tensor> column_bias, int64_t block_m, int64_t block_n,
     const std::optional<Tensor> seq_ranges, int64_t q_offset, bool causal, double softmax_scale,
-    double softcap, const std::optional<Tensor> sinks) {
+    double softcap, const std::optional<Tensor> sinks, const std::optional<Tensor> block_table) {
   std::vector<Sequence> sequences;
   AttentionParams p =
       attention_params({q,
@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> attention_cpu(
                         q_offset,
                         causal,
                         softmax_scale,
-                        softcap},
+                        softcap,
+                        block_table},
                        sequences);
   if (sinks.has_value()) {
     STD_TORCH_CHECK(
@@ -54,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const std::optional<Tensor> seq_ranges, int64_t q_offset, bool causal, double softmax_scale,
     double softcap) {
   std::vector<Sequence> sequences;
+  const std::optional<Tensor> not_paged;
   BackwardParams b;
   b.forward = attention_params({q,
                                 k,
@@ -64,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
                                 q_offset,
                                 causal,
                                 softmax_scale,
-                                softcap},
+                                softcap,
+                                not_paged},
                                sequences);
   const AttentionParams& p = b.forward;
   for (const Tensor* x : {&delta, &lse})

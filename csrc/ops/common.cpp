@@ -46,9 +46,9 @@ void check_head_dim(int64_t dim) {
                   " is not a multiple of 8 up to 256");
 }
 
-std::vector<Sequence> read_sequences(const AttentionArgs& args) {
+std::vector<Sequence> read_sequences(const AttentionArgs& args, int64_t seqlen_k) {
   const int64_t batch = args.q.size(0);
-  const int64_t seqlen_q = args.q.size(2), seqlen_k = args.k.size(2);
+  const int64_t seqlen_q = args.q.size(2);
   std::vector<Sequence> sequences;
   if (!args.seq_ranges.has_value()) {
     for (int64_t b = 0; b < batch; ++b)
@@ -76,6 +76,34 @@ std::vector<Sequence> read_sequences(const AttentionArgs& args) {
   // Threads would race on rows that two sequences share.
   if (batch == 1) check_disjoint(sequences, "q", &Sequence::q_start, &Sequence::q_len);
   return sequences;
+}
+
+void set_pages(const Tensor& block_table, AttentionParams& p) {
+  check_index_tensor(block_table, ScalarType::Int, 2, "block_table");
+  p.pages = {data<int32_t>(block_table), block_table.size(1), p.seqlen_k};
+  STD_TORCH_CHECK(p.pages.page_size > 0 && p.pages.page_size % 8 == 0,
+                  "sparse_attn: page_size=", p.pages.page_size, " is not a positive multiple of 8");
+  p.seqlen_k = p.pages.max_pages * p.pages.page_size;
+  STD_TORCH_CHECK(p.seqlen_k < (int64_t{1} << 31) - 128,
+                  "sparse_attn: block_table's pages hold 2^31 tokens or more");
+}
+
+// Every page that a sequence's keys lie in must exist. Entries past them are never read.
+void check_pages(const AttentionParams& p, const Tensor& block_table, int64_t num_pages,
+                 const std::vector<Sequence>& sequences) {
+  const auto count = static_cast<int64_t>(sequences.size());
+  STD_TORCH_CHECK(block_table.size(0) == count, "sparse_attn: block_table has ",
+                  block_table.size(0), " rows, the call has ", count, " sequences");
+  for (int64_t s = 0; s < count; ++s) {
+    const Sequence& sequence = sequences[s];
+    if (sequence.k_len == 0) continue;
+    const int64_t last = (sequence.k_start + sequence.k_len - 1) / p.pages.page_size;
+    for (int64_t i = sequence.k_start / p.pages.page_size; i <= last; ++i) {
+      const int64_t page = p.pages.block_table[s * p.pages.max_pages + i];
+      STD_TORCH_CHECK(page >= 0 && page < num_pages, "sparse_attn: block_table[", s, ", ", i,
+                      "] is page ", page, ", the cache has ", num_pages);
+    }
+  }
 }
 
 }  // namespace
@@ -159,7 +187,7 @@ std::pair<TensorView, DType> rows_view(const Tensor& x, const char* name) {
   return {tensor_view(x), dtype_of(x)};
 }
 
-AttentionParams query_key_params(const Tensor& q, const Tensor& k) {
+AttentionParams query_key_params(const Tensor& q, const Tensor& k, bool paged) {
   check_rows(q, "q");
   check_rows(k, "k");
   AttentionParams p;
@@ -170,7 +198,7 @@ AttentionParams query_key_params(const Tensor& q, const Tensor& k) {
   p.seqlen_q = q.size(2);
   p.seqlen_k = k.size(2);
   const int64_t head_dim = q.size(3);
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(3) == head_dim,
+  STD_TORCH_CHECK((paged || k.size(0) == q.size(0)) && k.size(3) == head_dim,
                   "sparse_attn: q and k differ in batch or head_dim");
   STD_TORCH_CHECK(p.num_heads_kv > 0 && p.num_heads % p.num_heads_kv == 0,
                   "sparse_attn: ", p.num_heads, " query heads do not divide into ", p.num_heads_kv,
@@ -185,7 +213,8 @@ AttentionParams query_key_params(const Tensor& q, const Tensor& k) {
 }
 
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences) {
-  AttentionParams p = query_key_params(args.q, args.k);
+  const bool paged = args.block_table.has_value();
+  AttentionParams p = query_key_params(args.q, args.k, paged);
   check_rows(args.v, "v");
   STD_TORCH_CHECK(args.v.scalar_type() == args.q.scalar_type(),
                   "sparse_attn: q and v have different dtypes");
@@ -200,7 +229,9 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
   p.softcap = static_cast<float>(args.softcap);
   p.index = index_view(args.index);
 
-  sequences = read_sequences(args);
+  if (paged) set_pages(*args.block_table, p);
+  sequences = read_sequences(args, p.seqlen_k);
+  if (paged) check_pages(p, *args.block_table, args.k.size(0), sequences);
   p.sequences = sequences.data();
   p.num_sequences = static_cast<int64_t>(sequences.size());
   int64_t longest = 0;

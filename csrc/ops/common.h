@@ -50,10 +50,13 @@ struct AttentionArgs {
   bool causal;
   double softmax_scale;
   double softcap;
+  // int32 [num_sequences, max_pages]: k and v are [num_pages, heads, page_size, dim].
+  const std::optional<Tensor>& block_table;
 };
 
-// The part of the params that q and k alone decide, checked.
-AttentionParams query_key_params(const Tensor& q, const Tensor& k);
+// The part of the params that q and k alone decide, checked. `paged`: k's batch axis counts pages,
+// and seqlen_k is the keys of one page.
+AttentionParams query_key_params(const Tensor& q, const Tensor& k, bool paged = false);
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
 
 // Throws if two sequences share tokens of q (&Sequence::q_start, q_len) or of k.

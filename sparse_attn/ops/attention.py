@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparse_attn.index import SparseIndex
 
 _attention_op = OPS.attention.default
+_SINKS = [argument.name for argument in _attention_op._schema.arguments].index("sinks")
 
 
 def attention(
@@ -29,6 +30,7 @@ def attention(
     softmax_scale: float,
     softcap: float,
     sinks: Tensor | None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention over the keys that `index` lists; arguments are checked by the callers.
 
@@ -44,13 +46,16 @@ def attention(
         softmax_scale: factor of q . k.
         softcap: bound of the logits, 0 for none.
         sinks: float32 [num_heads] logits that take part in the denominator, or None.
+        block_table: int32 [num_seqs, max_pages], the pages that a sequence's keys lie in, or None.
+            With it k is [num_pages, num_heads_kv, page_size, head_dim], and v accordingly.
 
     Returns:
         out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype, lse float32
         [batch, num_heads, seqlen_q].
 
     Raises:
-        RuntimeError: the index breaks a rule (see SparseIndex), or shapes do not fit.
+        RuntimeError: the index breaks a rule (see SparseIndex), a page does not exist, or shapes do
+            not fit.
         NotImplementedError: q, k, v or sinks carry a forward-mode tangent.
     """
     arguments = (
@@ -64,6 +69,7 @@ def attention(
         softmax_scale,
         softcap,
         sinks,
+        block_table,
     )
     if torch.compiler.is_compiling():
         out, lse = OPS.attention(*arguments)
@@ -121,7 +127,8 @@ def _check_index_fake(*_: Any) -> None:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, *rest = inputs
     out, lse = output
-    *call_args, sinks = rest
+    *call_args, sinks, block_table = rest
+    ctx.is_paged = block_table is not None
     ctx.is_tensor = [isinstance(x, Tensor) for x in call_args]
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in call_args]
     tensors = [x for x in call_args if isinstance(x, Tensor)]
@@ -131,6 +138,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and sinks; the lists and their biases are constants."""
+    if ctx.is_paged:
+        raise NotImplementedError(
+            "sparse_attn: attention has no gradient through a paged cache (block_table); "
+            "call it under torch.no_grad(), or pass k and v as whole tensors."
+        )
     q, k, v, out, lse, sinks, *tensors = ctx.saved_tensors
     iterator = iter(tensors)
     call_args = [
@@ -145,10 +157,10 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         grad_out.to(q.dtype), delta.contiguous(), lse, q, k, v, *call_args
     )
     grad_sinks = None
-    if sinks is not None and ctx.needs_input_grad[-1]:
+    if sinks is not None and ctx.needs_input_grad[_SINKS]:
         probability = torch.exp(sinks[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
         grad_sinks = -(probability * delta).sum((0, 2))
-    return (*grads, *([None] * (ctx.num_inputs - 4)), grad_sinks)
+    return (*grads, *([None] * (ctx.num_inputs - 5)), grad_sinks, None)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
