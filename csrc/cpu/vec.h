@@ -103,9 +103,11 @@ SPARSE_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
 // not arithmetic, would bound the loop.
 template <class T>
 SPARSE_ATTN_INLINE void keep(T& x) {
-#if defined(__AVX512F__) && !defined(SPARSE_ATTN_EMULATED)
+#if defined(SPARSE_ATTN_EMULATES_AVX512)
+  (void)x;
+#elif defined(__AVX512F__)
   asm("" : "+v"(x));
-#elif defined(__AVX2__) && !defined(SPARSE_ATTN_EMULATED)
+#elif defined(__AVX2__)
   asm("" : "+x"(x));
 #else
   (void)x;

@@ -192,6 +192,7 @@ SPARSE_ATTN_EMULATED_CALL __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define __AVX512BW__ 1
 #define __AVX512DQ__ 1
 #define __AVX512VL__ 1
+#define SPARSE_ATTN_EMULATES_AVX512 1  // no 512-bit registers
 
 #define _mm512_load_si512 ::sparse_attn::emulated::load_si512
 #define _mm512_loadu_si512 ::sparse_attn::emulated::loadu_si512
