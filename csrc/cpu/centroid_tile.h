@@ -95,20 +95,25 @@ SPARSE_ATTN_KERNEL void nearest(NearestBlock& b, const float* centroids, const i
   }
 }
 
+// Asks for what lies a fixed distance past each centroid: they mostly lie in order.
+struct CentroidPrefetch {
+  const KeyChunk& c;
+  int row_bytes;
+  int row = 0;
+
+  SPARSE_ATTN_INLINE_MEMBER void reach(int share) {
+    for (const int last = c.count * share / kScoreShare; row < last; ++row)
+      prefetch_row<1>(c.k[row] + 4096, row_bytes);
+  }
+};
+
 template <int kRows>
 SPARSE_ATTN_INLINE void dim_score_rows(Tile& t, const KeyChunk& c) {
-  constexpr int kKeys = kLanes / kRows;
-  const char* keys[kLanes];
-  for (int i = 0; i < c.count; i += kKeys) {
-    for (int j = 0; j < kKeys; ++j) {
-      keys[j] = c.k[i + j < c.count ? i + j : c.count - 1];
-      prefetch_row<1>(keys[j] + kPrefetchBytes, t.head_dim * 4);  // centroids mostly lie in order
-    }
-    if (t.head_dim % kLanes == 0) {
-      score_dims<DType::kFloat32, kRows, false>(t, keys, t.scores + i);
-    } else {
-      score_dims<DType::kFloat32, kRows, true>(t, keys, t.scores + i);
-    }
+  CentroidPrefetch prefetch{c, t.head_dim * 4};
+  if (t.head_dim % kLanes == 0) {
+    score_chunk<PlainForm<DType::kFloat32>, kRows, false>(t, c, prefetch);
+  } else {
+    score_chunk<PlainForm<DType::kFloat32>, kRows, true>(t, c, prefetch);
   }
 }
 

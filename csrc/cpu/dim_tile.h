@@ -165,8 +165,8 @@ SPARSE_ATTN_INLINE void score_block(const Tile& t, int first_row, const char* co
     memcpy(out + (first_row + r) * kChunkKeys, packed + r * kKeys, kKeys * sizeof(float));
 }
 
-template <class Form, int kRows, bool kTail>
-SPARSE_ATTN_KERNEL void score_chunk(Tile& t, const KeyChunk& c, ChunkPrefetch& prefetch) {
+template <class Form, int kRows, bool kTail, class Prefetch>
+SPARSE_ATTN_KERNEL void score_chunk(Tile& t, const KeyChunk& c, Prefetch& prefetch) {
   // Twice as many lanes as rows at least: else a query vector would serve one key only.
   constexpr int kBlockRows = kRows < kLanes / 2 ? kRows : kLanes / 2;
   constexpr int kKeys = kLanes / kBlockRows;
@@ -347,7 +347,7 @@ SPARSE_ATTN_KERNEL void dim_begin(Tile& t) {
     t.row_max[r] = kNegInf;
     t.row_sum[r] = 0.0f;
   }
-  if (kHasBf16Dot && t.dtype == DType::kBFloat16) {  // what score_dims_pairs reads
+  if (kHasBf16Dot && t.dtype == DType::kBFloat16) {  // what PairForm reads
     memset(t.p_pairs, 0, sizeof(uint16_t) * t.head_dim * kMaxDimRows);
     for (int r = 0; r < t.rows; ++r)
       memcpy(t.p_pairs + r * t.head_dim, t.q_rows[r], t.head_dim * sizeof(uint16_t));
