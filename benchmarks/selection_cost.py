@@ -94,6 +94,11 @@ def vertical_slash_chunks(q: Tensor, k: Tensor) -> Pattern:
 
 
 @case
+def adaptive(q: Tensor, k: Tensor) -> Pattern:
+    return sparse_attn.Adaptive()
+
+
+@case
 def anchor_attention(q: Tensor, k: Tensor) -> Pattern:
     return sparse_attn.AnchorAttention()
 

@@ -161,6 +161,14 @@ def test_lists_follow_the_rule_exactly(part):
         assert found == expected(q, k, arguments), (seed, arguments)
 
 
+def test_lists_without_forced_keys_and_without_guard():
+    for seed in range(20):
+        q, k, arguments = random_case(seed)
+        arguments |= {"sink": 0, "q_offset": k.shape[2] + 5, "guard": 0.0, "mass": 0.6}
+        found = lists_of(ops.adaptive_lists(q, k, **arguments), q.shape)
+        assert found == expected(q, k, arguments), (seed, arguments)
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_plain_torch_gives_the_same_lists(part):
     for seed in range(part * 9, part * 9 + 9):

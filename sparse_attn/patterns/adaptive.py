@@ -87,7 +87,7 @@ class Adaptive(Pattern):
         0.95
 
     Source:
-        This project.
+        This project; docs/adaptive.md has the experiments.
     """
 
     recall: float = 0.95
