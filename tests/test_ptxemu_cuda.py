@@ -54,7 +54,7 @@ def test_runtime(folder):
             [str(program)], capture_output=True, text=True, env=environment(PTXEMU_SEED=seed)
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("ok: ") == 17
+        assert done.stdout.count("ok: ") == 19
 
 
 USE = """

@@ -307,6 +307,49 @@ def test_last_block_reduction(fault):
     )
 
 
+WHOLE_BLOCK = """
+  .shared .align 4 .b8 last[4];
+  ld.param.u64 %rd1, [px]; ld.param.u64 %rd2, [pcount]; ld.param.u64 %rd3, [py];
+  mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %nctaid.x; setp.ne.u32 %p1, %r1, 0;
+  mad.lo.u32 %r4, %r2, 64, %r1;
+  mad.wide.u32 %rd4, %r4, 4, %rd1;
+  st.global.u32 [%rd4], %r4;
+  membar.gl;
+  bar.sync 0;
+  @%p1 bra COUNTED;
+  atom.global.add.u32 %r5, [%rd2], 1;
+  st.shared.u32 [last], %r5;
+COUNTED:
+  bar.sync 1;
+  ld.shared.u32 %r5, [last];
+  add.u32 %r5, %r5, 1; setp.ne.u32 %p2, %r5, %r3;
+  @%p2 bra DONE;
+  fence.acq_rel.gpu;
+  mov.u32 %r6, 0; mov.u32 %r7, 0;
+LOOP:
+  mad.lo.u32 %r8, %r7, 64, %r1; mad.wide.u32 %rd5, %r8, 4, %rd1;
+  ld.global.u32 %r9, [%rd5];
+  add.u32 %r6, %r6, %r9; add.u32 %r7, %r7, 1; setp.lt.u32 %p3, %r7, %r3;
+  @%p3 bra LOOP;
+  mad.wide.u32 %rd6, %r1, 4, %rd3; st.global.u32 [%rd6], %r6;
+DONE:
+"""
+
+
+@pytest.mark.parametrize(
+    "fault", [("membar.gl;", ""), ("bar.sync 0;", ""), ("fence.acq_rel.gpu;", "")], ids=str
+)
+def test_fences_reach_through_barriers(fault):
+    """Split-K's way: all threads write and fence, one counts; one learns, all fence and read."""
+
+    def launch(module_, seed):
+        x, count, y = np.zeros(192, np.uint32), np.zeros(1, np.uint32), np.zeros(64, np.uint32)
+        module_.launch(grid=3, block=64, args=[x, count, y], seed=seed)
+        assert y.tolist() == np.arange(192).reshape(3, 64).sum(0).tolist()
+
+    check(WHOLE_BLOCK, "u64 px, u64 pcount, u64 py", launch, "race", fault)
+
+
 def test_two_ctas_write_one_word():
     body = """
       ld.param.u64 %rd1, [px]; mov.u32 %r2, %ctaid.x; mad.wide.u32 %rd4, %r2, 4, %rd1;

@@ -207,6 +207,9 @@ CASES = [
     ("cvt.u32.u16 D, %h10;", "r", (0xFFFF,), 0xFFFF),
     ("cvt.s32.s8 D, %r10;", "r", (0x80,), 0xFFFFFF80),
     ("cvt.sat.s8.s32 D, %r10;", "r", (1000,), 127),
+    # Constants: decimal ones take the type of the instruction
+    ("add.f32 D, %f10, -1.5;", "f", (f32(1),), f32(-0.5)),
+    ("add.f64 D, %fd10, 0.25;", "fd", (f64(1),), f64(1.25)),
     # mov: packing; cvta and isspacep
     ("mov.b64 D, {%r10, %r11};", "rd", (1, 2), 2 << 32 | 1),
     ("mov.b64 {%r21, D}, %rd10;", "r", (5 << 32 | 4,), 5),

@@ -4,6 +4,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -129,6 +130,72 @@ static void findings() {
   cudaFree(out);
 }
 
+__device__ __noinline__ float power_sum(int n, float x) {
+  return n == 0 ? 1 : power_sum(n - 1, x) * x + 1;
+}
+__device__ float half_of(float x) {
+  return x / 2;
+}
+__device__ float square_of(float x) {
+  return x * x;
+}
+
+__global__ void functions(float* out, int n) {
+  const int t = threadIdx.x;
+  const float x = t / 7.0f - 2;
+  float (*const choice)(float) = t % 2 ? half_of : square_of;
+  float local[16];
+  for (int i = 0; i < 16; ++i) local[(i * n) % 16] = i * x;
+  float r[8] = {sinf(100 * x),       cosf(x),           expf(x),
+                logf(x + 3),         powf(x + 3, 1.7f), choice(x),
+                power_sum(t % 6, x), local[t % 16]};
+  switch (n + t % 4) {
+    case 5:
+      r[7] += 1;
+      break;
+    case 6:
+      r[7] *= 3;
+      break;
+    case 7:
+      r[7] -= 4;
+      break;
+    case 8:
+      r[7] = -r[7];
+      break;
+    default:
+      r[7] = 0;
+  }
+  if (t == 0) printf("%d lanes\n", n);
+  for (int i = 0; i < 8; ++i) out[t * 8 + i] = r[i];
+}
+
+static void device_functions() {
+  constexpr int kThreads = 40, kStep = 5;
+  std::vector<float> host(kThreads * 8);
+  float* out;
+  cudaMalloc(&out, host.size() * sizeof(float));
+  functions<<<1, kThreads>>>(out, kStep);
+  check("functions, recursion, pointers, switch, local arrays", cudaGetLastError() == cudaSuccess);
+  cudaMemcpy(host.data(), out, host.size() * sizeof(float), cudaMemcpyDeviceToHost);
+  double worst = 0;
+  for (int t = 0; t < kThreads; ++t) {
+    const float x = t / 7.0f - 2;
+    double sum = 1, last = 0;
+    for (int i = 0; i < t % 6; ++i) sum = sum * x + 1;
+    for (int i = 0; i < 16; ++i)
+      if (i * kStep % 16 == t % 16) last = i * x;
+    const double ends[] = {last + 1, last * 3, last - 4, -last};
+    const double expected[] = {
+        std::sin(100 * x),     std::cos(x),           std::exp(x), std::log(x + 3),
+        std::pow(x + 3, 1.7f), t % 2 ? x / 2 : x * x, sum,         ends[t % 4]};
+    for (int i = 0; i < 8; ++i)
+      worst = std::fmax(
+          worst, std::fabs(host[t * 8 + i] - expected[i]) / std::fmax(1, std::fabs(expected[i])));
+  }
+  check("their results", worst < 4e-7);
+  cudaFree(out);
+}
+
 static void clusters() {
   int* out;
   cudaMalloc(&out, 4 * sizeof(int));
@@ -156,6 +223,7 @@ int main() {
   launches();
   dynamic_shared();
   findings();
+  device_functions();
   clusters();
   return failures;
 }

@@ -22,6 +22,7 @@ Runtime& runtime() {
     made->options.seed = setting("PTXEMU_SEED");
     made->options.unchecked_global = setting("PTXEMU_UNCHECKED") != 0;
     made->options.check_races = setting("PTXEMU_NO_RACES") == 0;
+    made->options.check_initialised = setting("PTXEMU_NO_INIT") == 0;
     made->options.max_instructions = setting("PTXEMU_MAX_INSTRUCTIONS");
     made->verbose = static_cast<int>(setting("PTXEMU_VERBOSE"));
     return made;

@@ -25,10 +25,17 @@ ForeignPtr join(const ForeignPtr& a, const ForeignPtr& b) {
   return joined;
 }
 
+void Fences::join(const Fences& other) {
+  device = ptxemu::join(device, other.device);
+  cta = ptxemu::join(cta, other.cta);
+  pending = ptxemu::join(pending, other.pending);
+}
+
 void Clock::join(const Clock& other) {
   ptxemu::join(seen, other.seen);
   ptxemu::join(proxied, other.proxied);
   foreign = ptxemu::join(foreign, other.foreign);
+  fences.join(other.fences);
 }
 
 void Clock::note(u32 agent, u32 clock, u32 agents) {
@@ -42,7 +49,8 @@ Clocks::Clocks(u32 cluster, u32 threads, u32 agents, bool track_proxy)
       agents_(agents),
       rows_(std::size_t{threads} * agents),
       proxied_(track_proxy ? rows_.size() : 0),
-      foreign_(threads) {
+      foreign_(threads),
+      fences_(threads) {
   for (u32 t = 0; t < threads_; ++t) mutable_row(t)[t] = 1;
 }
 
@@ -59,6 +67,7 @@ void Clocks::release(u32 thread, Clock& clock) {
     }
   }
   clock.foreign = join(clock.foreign, foreign_[thread]);
+  clock.fences.join(fences_[thread]);
   ++mine[thread];
 }
 
@@ -67,6 +76,7 @@ void Clocks::acquire(u32 thread, const Clock& clock) {
   if (!proxied_.empty())
     join_row(&proxied_[std::size_t{thread} * agents_], clock.proxied.data(), clock.proxied.size());
   foreign_[thread] = join(foreign_[thread], clock.foreign);
+  fences_[thread].join(clock.fences);
 }
 
 void Clocks::learn(u32 thread, u32 agent, u32 clock) {

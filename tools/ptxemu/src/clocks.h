@@ -19,14 +19,22 @@ namespace ptxemu {
 using ForeignClocks = std::map<u32, std::vector<u32>>;
 using ForeignPtr = std::shared_ptr<const ForeignClocks>;
 
+/// Of a thread: what its fences have published (for writes of device or CTA scope that follow), and
+/// what its strong reads have brought that a fence has yet to make count. Barriers hand these on:
+/// all threads write and fence, one of them signals; one reads the signal, all fence and read.
+struct Fences {
+  ForeignPtr device, cta, pending;
+  void join(const Fences& other);
+};
+
 /// What a synchronisation object (barrier, mbarrier) hands from those who arrive to those who wait.
 struct Clock {
   std::vector<u32> seen;     // by agent
   std::vector<u32> proxied;  // the part of it that the async proxy sees, too
   ForeignPtr foreign;
+  Fences fences;
 
-  bool empty() const { return seen.empty(); }
-  void clear() { seen.clear(), proxied.clear(), foreign = nullptr; }
+  void clear() { *this = {}; }
   void join(const Clock& other);
   /// `agent` has finished everything up to `clock`.
   void note(u32 agent, u32 clock, u32 agents);
@@ -49,6 +57,8 @@ class Clocks {
   u32 now(u32 thread) const { return row(thread)[thread]; }
   const ForeignClocks* foreign(u32 thread) const { return foreign_[thread].get(); }
 
+  Fences& fences(u32 thread) { return fences_[thread]; }
+
   /// Hands the thread's knowledge to `clock`; what the thread does later is not part of it.
   void release(u32 thread, Clock& clock);
   void acquire(u32 thread, const Clock& clock);
@@ -68,6 +78,7 @@ class Clocks {
   std::vector<u32> rows_;     // [threads][agents]
   std::vector<u32> proxied_;  // the same, or empty
   std::vector<ForeignPtr> foreign_;
+  std::vector<Fences> fences_;
 };
 
 }  // namespace ptxemu

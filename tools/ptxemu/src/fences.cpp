@@ -11,7 +11,8 @@ void before_strong_write(Step& s, const Step::Place& place, Order order, bool ct
   if (!s.machine.options.check_races) return;
   Cluster& cluster = *s.cta.cluster;
   const u32 thread = s.thread(lane);
-  ForeignPtr device = cluster.fenced[thread], local = cluster.fenced_cta[thread];
+  ForeignPtr device = cluster.clocks->fences(thread).device;
+  ForeignPtr local = cluster.clocks->fences(thread).cta;
   if (order == Order::kRelease || order == Order::kAcqRel) {
     const ForeignPtr now = cluster.clocks->release_globally(thread);
     local = join(local, now);
@@ -35,21 +36,22 @@ void after_strong_read(Step& s, const Step::Place& place, Order order, bool, int
   if (order == Order::kAcquire || order == Order::kAcqRel)
     cluster.clocks->acquire_globally(thread, found);
   else
-    cluster.pending[thread] = join(cluster.pending[thread], found);
+    cluster.clocks->fences(thread).pending = join(cluster.clocks->fences(thread).pending, found);
 }
 
 namespace {
 
 // n[0]: CTA scope
 void fence(Step& s) {
+  if (!s.machine.options.check_races) return;
   Cluster& cluster = *s.cta.cluster;
   s.each([&](int l) {
     const u32 thread = s.thread(l);
-    cluster.clocks->acquire_globally(thread, cluster.pending[thread]);
-    cluster.pending[thread] = nullptr;
-    const ForeignPtr now = cluster.clocks->release_globally(thread);
-    cluster.fenced_cta[thread] = now;
-    if (s.instruction.n[0] == 0) cluster.fenced[thread] = now;
+    Fences& fences = cluster.clocks->fences(thread);
+    cluster.clocks->acquire_globally(thread, fences.pending);
+    fences.pending = nullptr;
+    fences.cta = cluster.clocks->release_globally(thread);
+    if (s.instruction.n[0] == 0) fences.device = fences.cta;
   });
 }
 

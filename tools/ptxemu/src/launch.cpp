@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Setting up a launch: agents, clusters, CTAs, warps, special registers.
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <cstdlib>
 
 #include "machine.h"
 
@@ -11,6 +14,21 @@ constexpr u32 kMaxSharedBytes = 227 * 1024;
 
 std::string triple(const Dim3& d) {
   return "(" + std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z) + ")";
+}
+
+/// A kernel's name as C++ writes it, cut where template arguments get long.
+std::string readable(const std::string& name) {
+  constexpr std::size_t kLongest = 100;
+  std::string result = name;
+  if (name.starts_with("_Z")) {
+    int status = 0;
+    char* const text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+    if (text) result = text;
+    std::free(text);
+  }
+  if (result.starts_with("void ")) result.erase(0, 5);
+  if (result.size() > kLongest) result = result.substr(0, kLongest) + "...";
+  return result;
 }
 
 Dim3 unlinear(u64 index, const Dim3& extent) {
@@ -83,9 +101,6 @@ std::unique_ptr<Cluster> Machine::make_cluster(u32 linear) {
   const u32 threads = agents.threads;
   const bool proxy = agents.count > agents.wgmma || agents.wgmma > agents.bulk;
   cluster.clocks = std::make_unique<Clocks>(linear, threads, agents.count, proxy);
-  cluster.fenced.resize(threads);
-  cluster.fenced_cta.resize(threads);
-  cluster.pending.resize(threads);
   cluster.arrived_phase.resize(threads);
   cluster.transfer_epochs.resize(AgentLayout::kTransfers);
   cluster.live_threads = threads;
@@ -201,7 +216,7 @@ std::string Machine::place(const Cluster& cluster, u32 agent) const {
 
 std::string Machine::place(const Warp& warp, u32 lane, const Instruction& i) const {
   const std::string source = module.source(i.location);
-  return kernel.name + ", " +
+  return readable(kernel.name) + ", " +
          place(*warp.cta->cluster, warp.cta->first_thread + warp.index * kWarpSize + lane) +
          ", PTX line " + std::to_string(i.ptx_line) + " `" + i.short_text() + "`" +
          (source.empty() ? "" : " (" + source + ")");

@@ -145,8 +145,7 @@ struct Cluster {
   u32 linear = 0;
   std::unique_ptr<Clocks> clocks;
   std::vector<std::unique_ptr<Cta>> ctas;
-  std::vector<ForeignPtr> fenced, fenced_cta, pending;  // by thread; see fences.cpp
-  std::unordered_map<u64, SyncLocation> sync;           // strong accesses to shared memory
+  std::unordered_map<u64, SyncLocation> sync;  // strong accesses to shared memory
   std::vector<BulkTransfer> transfers;
   u32 next_transfer_agent = 0;
   std::vector<u32> transfer_epochs;

@@ -27,14 +27,16 @@ bool names_space(const Token& token) {
 
 }  // namespace
 
-u64 parse_literal(const std::string& text) {
+u64 parse_literal(const std::string& text, bool is_double) {
   if (text.size() > 2 && text[0] == '0') {
     const char kind = static_cast<char>(std::tolower(text[1]));
     if (kind == 'f' || kind == 'd') return std::stoull(text.substr(2), nullptr, 16);
     if (kind == 'b') return std::stoull(text.substr(2), nullptr, 2);
   }
-  if (text.find('.') != std::string::npos)
-    throw Error("parse", "decimal constant " + text + "; write it as 0f... or 0d...");
+  if (text.find('.') != std::string::npos) {
+    const double value = std::stod(text);
+    return is_double ? to_bits(value) : to_bits(static_cast<float>(value));
+  }
   return std::stoull(text, nullptr, 0);
 }
 
@@ -54,7 +56,10 @@ void Parser::expect(char c) {
 
 u64 Parser::number() {
   const bool negative = accept('-');
-  const u64 value = parse_literal(expect(TokenKind::kNumber, "a number").text);
+  const std::string text = expect(TokenKind::kNumber, "a number").text;
+  const u64 value = parse_literal(text, doubles_);
+  if (negative && text.find('.') != std::string::npos)
+    return value ^ (doubles_ ? u64{1} << 63 : u64{1} << 31);
   return negative ? 0 - value : value;
 }
 
@@ -324,6 +329,7 @@ void Parser::variable_declaration(Space space, bool external) {
 
 void Parser::initialise(u8* storage, const Declaration& what) {
   const u32 size = size_of(what.type);
+  doubles_ = what.type == Type::kF64;
   u64 at = 0;
   int depth = 0;
   do {

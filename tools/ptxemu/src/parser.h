@@ -100,9 +100,11 @@ class Parser {
   std::unordered_map<std::string, u32> opcode_index_;
   std::unordered_map<u64, int> location_index_;  // file, line, column -> the latest such location
   int current_location_ = -1;
+  bool doubles_ = false;  // the instruction or variable at hand is of type f64
 };
 
-/// The bits of a PTX literal: 12, 0x1F, 0f3F800000, 0d3FF0000000000000, 7U.
-u64 parse_literal(const std::string& text);
+/// The bits of a PTX literal: 12, 0x1F, 0f3F800000, 0d3FF0000000000000, 7U, and 1.5 as an f64 or
+/// f32.
+u64 parse_literal(const std::string& text, bool is_double);
 
 }  // namespace ptxemu

@@ -118,6 +118,7 @@ void Parser::instruction() {
   }
   const std::string name = expect(TokenKind::kWord, "an instruction").text;
   i.parts = split(name);
+  doubles_ = i.has("f64");
   if (i.parts[0] == "bra") {
     scopes_.back().pending.push_back(
         {function_->code.size(), expect(TokenKind::kWord, "a label").text, -1});
