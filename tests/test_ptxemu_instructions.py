@@ -506,6 +506,22 @@ def test_unsupported_instructions_are_named():
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("add.u32 %r1, %r2;", "too few operands for add"),
+        ("setp.lt.and.s32 %p1, %r1, %r2;", "this form of setp is not supported"),
+        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 %fd1, %fd2, %fd3, %fd4;", "mma"),
+        ("cvt.rn.satfinite.e4m3x2.f32 %h1, %f1, %f2;", ".satfinite of cvt"),
+        ("add.cc.u32 %r1, %r2, %r3;", ".cc of add"),
+        ("wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r1}, %rd1, %rd2, 1;", "wgmma"),
+    ],
+)
+def test_what_is_not_supported_has_a_reason(text, reason):
+    (refused,) = module("  " + text, target="sm_90a").unsupported
+    assert reason in refused["reason"], refused
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("  bra NOWHERE;", "NOWHERE"),
