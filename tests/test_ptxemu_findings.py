@@ -399,6 +399,48 @@ def test_flag_between_ctas(kind, fault):
     check(FLAG, "u64 px", launch, kind, fault)
 
 
+GRID_BARRIER = """
+  ld.param.u64 %rd1, [px]; ld.param.u64 %rd2, [pcount];
+  mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.u32 %r3, %nctaid.x; setp.ne.u32 %p1, %r1, 0;
+  mad.lo.u32 %r4, %r2, 32, %r1; mad.wide.u32 %rd3, %r4, 4, %rd1;
+  st.global.u32 [%rd3], %r4;
+  bar.sync 0;
+  @%p1 bra ARRIVED;
+  membar.gl;
+  atom.global.add.u32 %r5, [%rd2], 1;
+WAIT:
+  ld.volatile.global.u32 %r6, [%rd2];
+  setp.lt.u32 %p2, %r6, %r3;
+  @%p2 bra WAIT;
+  membar.gl;
+ARRIVED:
+  bar.sync 0; // after the grid's
+  add.u32 %r7, %r2, 1; rem.u32 %r7, %r7, %r3;
+  mad.lo.u32 %r8, %r7, 32, %r1; mad.wide.u32 %rd4, %r8, 4, %rd1;
+  ld.global.u32 %r9, [%rd4];
+  mad.wide.u32 %rd5, %r4, 4, %rd1;
+  st.global.u32 [%rd5+1024], %r9;
+"""
+
+
+def test_barrier_of_a_grid():
+    """All CTAs of a cooperative launch run side by side; otherwise they may wait for ever."""
+
+    def launch(module_, seed, **options):
+        x, count = np.zeros(512, np.uint32), np.zeros(1, np.uint32)
+        options = {"cooperative": True, **options}
+        module_.launch(grid=8, args=[x, count], seed=seed, **options)
+        assert x[256:].tolist() == np.roll(np.arange(256), -32).tolist()
+
+    parameters = "u64 px, u64 pcount"
+    check(GRID_BARRIER, parameters, launch, "race", ("bar.sync 0; // after the grid's", ""))
+    check(
+        GRID_BARRIER, parameters, launch, "race", ("@%p2 bra WAIT;\n  membar.gl;", "@%p2 bra WAIT;")
+    )
+    alone = module(GRID_BARRIER, parameters)
+    finding("deadlock", lambda: launch(alone, 0, cooperative=False, resident=2))
+
+
 def test_trap_and_instruction_limit():
     finding("trap", lambda: module("  trap;").launch())
     endless = module("LOOP:\n  bra LOOP;")
