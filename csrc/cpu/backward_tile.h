@@ -60,13 +60,12 @@ SPARSE_ATTN_INLINE void scatter_chunk(const BackwardTile& b, const KeyChunk& c,
 
 SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
   Tile& t = b.fwd;
-  const auto both = [&](const char* const* rows, int dim, float* columns,
-                        float* row_major) __attribute__((always_inline)) {
-    transpose_rows(t.rows, dim, columns,
-                   [&](int r, int d) { return load_row(rows[r], d, dim, t.dtype); });
-    for (int r = 0; r < t.rows; ++r)
-      widen_row(rows[r], row_major + r * grad_pitch(dim), dim, t.dtype);
-  };
+  const auto both = [&](const char* const* rows, int dim, float* columns, float* row_major)
+                        __attribute__((always_inline)) {
+                          transpose_rows(rows, t.rows, dim, t.dtype, columns);
+                          for (int r = 0; r < t.rows; ++r)
+                            widen_row(rows[r], row_major + r * grad_pitch(dim), dim, t.dtype);
+                        };
   // Tails of a row past dim stay zero, so that whole vectors can be scattered.
   memset(b.q_row, 0, sizeof(b.q_row));
   memset(b.grad_out_row, 0, sizeof(b.grad_out_row));
@@ -118,7 +117,7 @@ SPARSE_ATTN_KERNEL void backward_attend(BackwardTile& b, const KeyChunk& c) {
       score<4, kVecs>(panel(b.grad_out, row), values + i, t.head_dim_v,
                       b.grad_scores + i * kTileRows + row);
     }
-    adjust_panel<kVecs>(t, c, row, true);
+    adjust_panel<kVecs>(t, c, c.count, row, true);
     backward_scores<kVecs>(b, c, row);
     for (int d = 0; d < t.head_dim; d += 4)
       accumulate<4, kVecs, kTileRows>(b.grad_scores + row, keys, d, c.count, t.alpha + row,

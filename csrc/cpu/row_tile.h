@@ -24,6 +24,10 @@ template <int kVecs>
 constexpr int kGroup =
     kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
 
+// Panels of a chunk with limits: half a tile where a panel is all of it, so that its first rows
+// need not look at the keys that only the others see.
+constexpr int kLimitedVecs = 2;
+
 // Without fused multiply-add every product is rounded too; sums over few dims at a time keep the
 // error near that of a fused one.
 #if defined(__FMA__)
@@ -256,11 +260,25 @@ struct Fetch {
   }
 };
 
-// Scores of a chunk for the rows of one panel; with `own_values`, its values are asked for too.
+// How many of a chunk's first keys are worth a look for `rows` rows: those after them lie beyond
+// the limits of all of these rows.
+SPARSE_ATTN_INLINE int keys_within(const KeyChunk& c, int first_row, int rows) {
+  int n = c.count;
+  if (c.limits != nullptr) {
+    int32_t end = 0;
+    for (int r = first_row; r < first_row + rows; ++r)
+      end = c.limits->hi[r] > end ? c.limits->hi[r] : end;
+    while (n > 0 && c.position[n - 1] >= end) --n;
+  }
+  return n;
+}
+
+// Scores of a chunk's first `count` keys for the rows of one panel; with `own_values`, the chunk's
+// values are asked for meanwhile.
 template <int kVecs>
-SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* const* keys,
-                                    int first_row, bool own_values, Fetch* fetch = nullptr) {
-  const int n = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* const* keys, int count,
+                                    int first_row, bool own_values, Fetch* fetch) {
+  const int n = (count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   const int value_bytes = t.head_dim_v * static_cast<int>(element_size(t.dtype));
   const float* q = panel(t.q, first_row);
   float* s = t.scores + first_row;
@@ -284,11 +302,12 @@ SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* cons
 // Applies what a plain product lacks: softcap, bias, limits and bits. Afterwards the scores are
 // logits if `transform`, else still to be scaled.
 template <int kVecs>
-SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int first_row, bool transform) {
+SPARSE_ATTN_INLINE void adjust_panel(Tile& t, const KeyChunk& c, int count, int first_row,
+                                     bool transform) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const float inverse_cap = t.softcap > 0.0f ? t.softmax_scale / t.softcap : 0.0f;
-  for (int key = 0; key < c.count; ++key) {
+  for (int key = 0; key < count; ++key) {
     for (int j = 0; j < kVecs; ++j) {
       const int row = first_row + j * kLanes;
       float* at = t.scores + key * kTileRows + row;
@@ -377,7 +396,7 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
 
 // O += V P for the rows of one panel.
 template <int kVecs>
-SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char* const* values,
+SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const char* const* values, int count,
                                          int first_row, Fetch& fetch) {
   float* o = panel(t.acc, first_row);
   const float* p = panel_probabilities(t, first_row);
@@ -389,12 +408,12 @@ SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const KeyChunk& c, const char*
     if (tile_uses_pairs(t)) {
       const int pitch = 2 * ((t.head_dim_v + 31) / 32 * 32);
       const uint16_t* v = reinterpret_cast<const uint16_t*>(t.v_wide) + 2 * d;
-      accumulate_pairs<kDims, kVecs>(t.p_pairs + 2 * first_row, v, pitch, (c.count + 1) / 2, alpha,
+      accumulate_pairs<kDims, kVecs>(t.p_pairs + 2 * first_row, v, pitch, (count + 1) / 2, alpha,
                                      o + d * kPanelRows);
       return;
     }
 #endif
-    accumulate<kDims, kVecs>(p, values, d, c.count, alpha, o + d * kPanelRows);
+    accumulate<kDims, kVecs>(p, values, d, count, alpha, o + d * kPanelRows);
   };
   for_groups<kGroup<kVecs>>(
       t.head_dim_v, [&](int d) { run(d, Int<kGroup<kVecs>>{}); }, [&](int d) { run(d, Int<4>{}); });
@@ -432,32 +451,34 @@ template <int kVecs>
 SPARSE_ATTN_INLINE void attend_panel(Tile& t, const KeyChunk& c, Fetch& fetch,
                                      const char* const* keys, const char* const*& values,
                                      const char** value_pointers, int first_row) {
-  score_panel<kVecs>(t, c, keys, first_row, first_row == 0 && t.fetched != &c, &fetch);
+  const int count = keys_within(c, first_row, kVecs * kLanes);
+  if (count == 0) return;
+  const bool first = values == nullptr;
+  score_panel<kVecs>(t, c, keys, count, first_row, first && t.fetched != &c, &fetch);
   // Only now: a tile's first values were asked for while its scores were computed.
-  if (first_row == 0) values = prepare_values(t, c, value_pointers);
+  if (first) values = prepare_values(t, c, value_pointers);
   const bool transform = t.softcap > 0.0f || c.has_bias || !(t.softmax_scale > 0.0f);
   if (transform || c.limits != nullptr || c.has_bits)
-    adjust_panel<kVecs>(t, c, first_row, transform);
+    adjust_panel<kVecs>(t, c, count, first_row, transform);
   const float scale = (transform ? 1.0f : t.softmax_scale) * kLog2E;
   if (tile_uses_pairs(t)) {
-    softmax_panel<kVecs, kHasBf16Dot>(t, c.count, first_row, scale, nullptr);
+    softmax_panel<kVecs, kHasBf16Dot>(t, count, first_row, scale, nullptr);
   } else {
     float* probabilities = panel_probabilities(t, first_row);
-    softmax_panel<kVecs, false>(t, c.count, first_row, scale, probabilities);
+    softmax_panel<kVecs, false>(t, count, first_row, scale, probabilities);
   }
-  accumulate_panel<kVecs>(t, c, values, first_row, fetch);
+  accumulate_panel<kVecs>(t, values, count, first_row, fetch);
 }
 
-// Calls attend(Int<vecs>, first_row) over the tile's row vectors in panels.
-template <class Fn>
+// Calls attend(Int<vecs>, first_row) over the tile's row vectors in panels of at most kMost.
+template <int kMost = kPanelVecs, class Fn>
 SPARSE_ATTN_INLINE void for_panels(int rows, Fn attend) {
   int left = (rows + kLanes - 1) / kLanes;
   int first_row = 0;
-  for (; left >= kPanelVecs; left -= kPanelVecs, first_row += kPanelVecs * kLanes)
-    attend(Int<kPanelVecs>{}, first_row);
-  if constexpr (kPanelVecs > 3)
+  for (; left >= kMost; left -= kMost, first_row += kMost * kLanes) attend(Int<kMost>{}, first_row);
+  if constexpr (kMost > 3)
     if (left == 3) attend(Int<3>{}, first_row);
-  if constexpr (kPanelVecs > 2)
+  if constexpr (kMost > 2)
     if (left == 2) attend(Int<2>{}, first_row);
   if (left == 1) attend(Int<1>{}, first_row);
 }
@@ -469,30 +490,39 @@ SPARSE_ATTN_KERNEL void row_attend(Tile& t, const KeyChunk& c, const KeyChunk* n
       tile_uses_pairs(t) ? c.k : float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
   const char* const* values = nullptr;
   Fetch fetch(t, c, next);
-  for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
+  const auto attend = [&](auto vecs, int first_row) __attribute__((always_inline)) {
     attend_panel<decltype(vecs)::value>(t, c, fetch, keys, values, value_pointers, first_row);
-  });
-  t.fetched = next;
-}
-
-// Transposes rows of `width` 4-byte lanes into to[lane][row]; missing rows are zeros.
-template <class LoadFn>
-SPARSE_ATTN_INLINE void transpose_rows(int rows, int lanes, float* to, LoadFn load_lanes) {
-  for (int r = 0; r < rows; r += kLanes) {
-    for (int d = 0; d < lanes; d += kLanes) {
-      Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = r + i < rows ? load_lanes(r + i, d) : Vec{};
-      transpose(x);
-      const int n = lanes - d < kLanes ? lanes - d : kLanes;
-      for (int i = 0; i < n; ++i) store(panel(to, r) + (d + i) * kPanelRows, x[i]);
-    }
+  };
+  if (c.limits != nullptr) {
+    for_panels<kLimitedVecs>(t.rows, attend);
+  } else {
+    for_panels(t.rows, attend);
   }
+  t.fetched = next;
 }
 
 // kLanes numbers of a row of n, beginning at d.
 SPARSE_ATTN_INLINE Vec load_row(const char* row, int d, int n, DType dtype) {
   const char* at = row + d * (dtype == DType::kFloat32 ? 4 : 2);
   return n - d >= kLanes ? load_wide(at, dtype) : load_wide_tail(at, dtype, n - d);
+}
+
+// Rows of n numbers, widened, into panels: to[number][row]; missing rows are zeros.
+SPARSE_ATTN_INLINE void transpose_rows(const char* const* from, int rows, int n, DType dtype,
+                                       float* to) {
+  with_type(dtype, [&](auto type) __attribute__((always_inline)) {
+    for (int r = 0; r < rows; r += kLanes) {
+      for (int d = 0; d < n; d += kLanes) {
+        Vec x[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          x[i] = r + i < rows ? load_row(from[r + i], d, n, decltype(type)::value) : Vec{};
+        transpose(x);
+        float* at = panel(to, r) + d * kPanelRows;
+        const int count = n - d < kLanes ? n - d : kLanes;
+        for (int i = 0; i < count; ++i) store(at + i * kPanelRows, x[i]);
+      }
+    }
+  });
 }
 
 SPARSE_ATTN_INLINE void clear_panels(float* to, int rows, int dim) {
@@ -502,12 +532,10 @@ SPARSE_ATTN_INLINE void clear_panels(float* to, int rows, int dim) {
 
 SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
   if (tile_uses_pairs(t)) {
-    transpose_rows(t.rows, t.head_dim / 2, t.q, [&](int r, int d) {
-      return load_row(t.q_rows[r], d, t.head_dim / 2, DType::kFloat32);  // a pair is one lane
-    });
+    // A pair is one lane.
+    transpose_rows(t.q_rows, t.rows, t.head_dim / 2, DType::kFloat32, t.q);
   } else {
-    transpose_rows(t.rows, t.head_dim, t.q,
-                   [&](int r, int d) { return load_row(t.q_rows[r], d, t.head_dim, t.dtype); });
+    transpose_rows(t.q_rows, t.rows, t.head_dim, t.dtype, t.q);
   }
   clear_panels(t.acc, t.rows, t.head_dim_v);
   t.fetched = nullptr;
@@ -544,19 +572,22 @@ inline float finish_row(Tile& t, int r) {
 // Writes from[dim][row] times factor[row] as rows of dtype.
 SPARSE_ATTN_INLINE void write_rows(const float* from, const float* factor, int rows, int dim,
                                    char* const* to, DType dtype) {
-  const int width = dtype == DType::kFloat32 ? 4 : 2;
-  for (int r = 0; r < rows; r += kLanes) {
-    const Vec f = load(factor + r);
-    for (int d = 0; d < dim; d += kLanes) {
-      const int n = dim - d < kLanes ? dim - d : kLanes;
-      Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        x[i] = i < n ? load(panel(from, r) + (d + i) * kPanelRows) * f : Vec{};
-      transpose(x);
-      for (int i = 0; i < kLanes && r + i < rows; ++i)
-        store_narrow(to[r + i] + d * width, x[i], dtype, n);
+  with_type(dtype, [&](auto type) __attribute__((always_inline)) {
+    constexpr DType kType = decltype(type)::value;
+    constexpr int kWidth = kType == DType::kFloat32 ? 4 : 2;
+    for (int r = 0; r < rows; r += kLanes) {
+      const Vec f = load(factor + r);
+      for (int d = 0; d < dim; d += kLanes) {
+        const int n = dim - d < kLanes ? dim - d : kLanes;
+        const float* at = panel(from, r) + d * kPanelRows;
+        Vec x[kLanes];
+        for (int i = 0; i < kLanes; ++i) x[i] = i < n ? load(at + i * kPanelRows) * f : Vec{};
+        transpose(x);
+        for (int i = 0; i < kLanes && r + i < rows; ++i)
+          store_narrow(to[r + i] + d * kWidth, x[i], kType, n);
+      }
     }
-  }
+  });
 }
 
 SPARSE_ATTN_KERNEL void row_finish(Tile& t) {

@@ -16,7 +16,7 @@ SPARSE_ATTN_KERNEL void row_score(Tile& t, const KeyChunk& c) {
   const char* const* keys =
       tile_uses_pairs(t) ? c.k : float_rows(t, c.k, c.count, t.head_dim, t.k_wide, pointers);
   for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
-    score_panel<decltype(vecs)::value>(t, c, keys, first_row, false);
+    score_panel<decltype(vecs)::value>(t, c, keys, c.count, first_row, false, nullptr);
   });
 }
 

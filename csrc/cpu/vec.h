@@ -326,6 +326,23 @@ SPARSE_ATTN_INLINE HalfVec narrow_fp16(Vec x) {
 #endif
 }
 
+template <DType kValue>
+struct Type {
+  static constexpr DType value = kValue;
+};
+
+// Calls use(Type<dtype>), so that its inner loops need not ask.
+template <class Fn>
+SPARSE_ATTN_INLINE void with_type(DType dtype, Fn use) {
+  if (dtype == DType::kFloat32) {
+    use(Type<DType::kFloat32>{});
+  } else if (dtype == DType::kBFloat16) {
+    use(Type<DType::kBFloat16>{});
+  } else {
+    use(Type<DType::kFloat16>{});
+  }
+}
+
 // kLanes numbers of dtype, widened.
 SPARSE_ATTN_INLINE Vec load_wide(const char* p, DType dtype) {
   if (dtype == DType::kFloat32) return load_as<Vec>(p);
@@ -341,18 +358,12 @@ SPARSE_ATTN_INLINE Vec load_wide_tail(const char* p, DType dtype, int n) {
 }
 
 SPARSE_ATTN_INLINE void store_narrow(char* p, Vec x, DType dtype, int n) {
-  char narrow[kLanes * 4];
   if (dtype == DType::kFloat32) {
-    memcpy(narrow, &x, sizeof(x));
+    if (n == kLanes) return store(reinterpret_cast<float*>(p), x);
+    memcpy(p, &x, n * sizeof(float));
   } else {
     const HalfVec half = dtype == DType::kBFloat16 ? narrow_bf16(x) : narrow_fp16(x);
-    memcpy(narrow, &half, sizeof(half));
-  }
-  const int width = dtype == DType::kFloat32 ? 4 : 2;
-  if (n == kLanes) {
-    memcpy(p, narrow, kLanes * width);
-  } else {
-    memcpy(p, narrow, n * width);
+    memcpy(p, &half, n == kLanes ? sizeof(half) : n * sizeof(uint16_t));
   }
 }
 

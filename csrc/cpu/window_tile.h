@@ -21,8 +21,8 @@ SPARSE_ATTN_KERNEL void window_attend(Tile& t, const KeyChunk& c) {
   const float scale = (transform ? 1.0f : t.softmax_scale) * kLog2E;
   for_panels(t.rows, [&](auto vecs, int first_row) __attribute__((always_inline)) {
     constexpr int kVecs = decltype(vecs)::value;
-    score_panel<kVecs>(t, c, keys, first_row, false);
-    if (transform || c.limits != nullptr) adjust_panel<kVecs>(t, c, first_row, transform);
+    score_panel<kVecs>(t, c, keys, c.count, first_row, false, nullptr);
+    if (transform || c.limits != nullptr) adjust_panel<kVecs>(t, c, c.count, first_row, transform);
     softmax_panel<kVecs, false, kTileRows>(t, c.count, first_row, scale, t.scores + first_row);
   });
 }

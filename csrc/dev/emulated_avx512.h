@@ -91,6 +91,17 @@ SPARSE_ATTN_EMULATED_CALL __m512i permutex2var_epi16(__m512i a, __m512i index, _
   return (__m512i)r;
 }
 
+// Lane i is lane pick[i] of a, or lane pick[i] - 16 of b. The compiler's own, on vectors wider than
+// the CPU's, takes minutes under the sanitizers.
+SPARSE_ATTN_EMULATED_CALL Floats shuffle(Floats a, Floats b, Ints pick) {
+  float both[32], r[16];
+  memcpy(both, &a, 64);
+  memcpy(both + 16, &b, 64);
+  for (int i = 0; i < 16; ++i) r[i] = both[pick[i] & 31];
+  memcpy(&a, r, 64);
+  return a;
+}
+
 // If one operand is a NaN, the second is returned.
 SPARSE_ATTN_EMULATED __m512 max_ps(__m512 a, __m512 b) {
   return join(_mm256_max_ps(half_of<__m256>(a, 0), half_of<__m256>(b, 0)),
@@ -194,6 +205,7 @@ SPARSE_ATTN_EMULATED_CALL __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define __AVX512VL__ 1
 #define SPARSE_ATTN_EMULATES_AVX512 1  // no 512-bit registers
 
+#define __builtin_shuffle ::sparse_attn::emulated::shuffle
 #define _mm512_load_si512 ::sparse_attn::emulated::load_si512
 #define _mm512_loadu_si512 ::sparse_attn::emulated::loadu_si512
 #define _mm512_store_si512 ::sparse_attn::emulated::store_si512
