@@ -53,6 +53,9 @@ CASES = [
     Case("dense-group4", heads=8, heads_kv=2, head_dim=24),
     Case("dense-dims", head_dim=40, head_dim_v=72, seqlen_q=19),
     Case("dense-long", seqlen_q=150, seqlen_k=301, head_dim=64, head_dim_v=64, heads=2),
+    # Enough tiles for the keys' gradients to be added up from several parts.
+    Case("dense-parts", seqlen_q=1000, seqlen_k=1050, heads_kv=1),
+    Case("blocks-parts", "listed", seqlen_q=530, seqlen_k=500, heads=2, heads_kv=1),
     Case("dense-square", seqlen_q=65, seqlen_k=65, batch=2),
     Case("dense-one-row", seqlen_q=1, seqlen_k=67),
     Case("dense-one-key", seqlen_q=5, seqlen_k=1, causal=False),
@@ -546,7 +549,7 @@ def test_sequences_that_share_keys_have_no_gradient():
 @pytest.mark.parametrize("pattern", ["dense", "listed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bit_identical_on_any_number_of_threads(pattern, dtype):
-    case = Case("threads", pattern, batch=2, heads=6, seqlen_q=200, seqlen_k=260, block_m=32)
+    case = Case("threads", pattern, batch=2, heads=6, seqlen_q=700, seqlen_k=760, block_m=32)
     problem = make(replace(case, bias=pattern == "listed", sinks=True), dtype)
     torch.set_num_threads(1)
     one = kernel_gradients(problem)

@@ -22,7 +22,7 @@ SPARSE_ATTN_KERNEL void scatter(const float* __restrict weights, const float* __
 #pragma GCC unroll 8
   for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) acc[i][j] = load(to[i] + first_dim + j * kLanes);
+    for (int j = 0; j < kVecs; ++j) acc[i][j] = Vec{};
   for (int r = 0; r < count; ++r) {
     Vec x[kVecs];
 #pragma GCC unroll 4
@@ -34,10 +34,14 @@ SPARSE_ATTN_KERNEL void scatter(const float* __restrict weights, const float* __
       for (int j = 0; j < kVecs; ++j) acc[i][j] = b * x[j] + acc[i][j];
     }
   }
+  // Added to the running sum only now: a tile's sum keeps digits that the running one has lost.
 #pragma GCC unroll 8
   for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kVecs; ++j) store(to[i] + first_dim + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = to[i] + first_dim + j * kLanes;
+      store(at, load(at) + acc[i][j]);
+    }
 }
 
 SPARSE_ATTN_INLINE void scatter_chunk(const BackwardTile& b, const KeyChunk& c,
@@ -50,12 +54,15 @@ SPARSE_ATTN_INLINE void scatter_chunk(const BackwardTile& b, const KeyChunk& c,
   const int padded = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   for (int i = c.count; i < padded; ++i) to[i] = spill;
   memset(spill, 0, sizeof(spill));
-  for (int i = 0; i < padded; i += 4) {
-    for_panels(dim, [&](auto vecs, int d) __attribute__((always_inline)) {
-      scatter<4, decltype(vecs)::value>(weights + i * kTileRows, rows, pitch, b.fwd.rows, to + i,
-                                        d);
-    });
-  }
+  for_panels(dim, [&](auto vecs, int d) __attribute__((always_inline)) {
+    constexpr int kVecs = decltype(vecs)::value;
+    const auto run = [&](int i, auto group) __attribute__((always_inline)) {
+      scatter<decltype(group)::value, kVecs>(weights + i * kTileRows, rows, pitch, b.fwd.rows,
+                                             to + i, d);
+    };
+    for_groups<kGroup<kVecs>>(
+        padded, [&](int i) { run(i, Int<kGroup<kVecs>>{}); }, [&](int i) { run(i, Int<4>{}); });
+  });
 }
 
 SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
@@ -66,9 +73,6 @@ SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
                           for (int r = 0; r < t.rows; ++r)
                             widen_row(rows[r], row_major + r * grad_pitch(dim), dim, t.dtype);
                         };
-  // Tails of a row past dim stay zero, so that whole vectors can be scattered.
-  memset(b.q_row, 0, sizeof(b.q_row));
-  memset(b.grad_out_row, 0, sizeof(b.grad_out_row));
   both(t.q_rows, t.head_dim, t.q, b.q_row);
   both(b.grad_out_rows, t.head_dim_v, b.grad_out, b.grad_out_row);
   clear_panels(t.acc, t.rows, t.head_dim);
@@ -83,9 +87,10 @@ SPARSE_ATTN_KERNEL void backward_begin(BackwardTile& b) {
 
 // scores (logits) -> P, grad_scores (dP) -> dS, both in place.
 template <int kVecs>
-SPARSE_ATTN_INLINE void backward_scores(BackwardTile& b, const KeyChunk& c, int first_row) {
+SPARSE_ATTN_INLINE void backward_scores(BackwardTile& b, const KeyChunk& c, int count,
+                                        int first_row) {
   Tile& t = b.fwd;
-  for (int key = 0; key < c.count; ++key) {
+  for (int key = 0; key < count; ++key) {
     for (int j = 0; j < kVecs; ++j) {
       const int row = first_row + j * kLanes;
       float* s_at = t.scores + key * kTileRows + row;
@@ -103,29 +108,56 @@ SPARSE_ATTN_INLINE void backward_scores(BackwardTile& b, const KeyChunk& c, int 
   }
 }
 
-SPARSE_ATTN_KERNEL void backward_attend(BackwardTile& b, const KeyChunk& c) {
+// P and dS of a chunk for the rows of one panel, and their part of dQ.
+template <int kVecs>
+SPARSE_ATTN_INLINE void backward_panel(BackwardTile& b, const KeyChunk& c, const char* const* keys,
+                                       const char* const* values, int row, Fetch& fetch) {
+  Tile& t = b.fwd;
+  const int padded = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+  const int count = keys_within(c, row, kVecs * kLanes);
+  const int scored = (count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
+  const auto score_both = [&](int i, auto group) __attribute__((always_inline)) {
+    constexpr int kKeys = decltype(group)::value;
+    fetch.some();
+    float* s = t.scores + i * kTileRows + row;
+    score<kKeys, kVecs>(panel(t.q, row), keys + i, t.head_dim, s);
+    float* g = b.grad_scores + i * kTileRows + row;
+    score<kKeys, kVecs>(panel(b.grad_out, row), values + i, t.head_dim_v, g);
+  };
+  for_groups<kGroup<kVecs>>(
+      scored, [&](int i) { score_both(i, Int<kGroup<kVecs>>{}); },
+      [&](int i) { score_both(i, Int<4>{}); });
+  adjust_panel<kVecs>(t, c, count, row, true);
+  backward_scores<kVecs>(b, c, count, row);
+  // The scatters read all keys of all rows.
+  for (int key = count; key < padded; ++key) {
+    memset(t.scores + key * kTileRows + row, 0, kVecs * sizeof(Vec));
+    memset(b.grad_scores + key * kTileRows + row, 0, kVecs * sizeof(Vec));
+  }
+  const auto gather = [&](int d, auto group) __attribute__((always_inline)) {
+    fetch.some();
+    accumulate<decltype(group)::value, kVecs, kTileRows>(
+        b.grad_scores + row, keys, d, count, t.alpha + row, panel(t.acc, row) + d * kPanelRows);
+  };
+  for_groups<kGroup<kVecs>>(
+      t.head_dim, [&](int d) { gather(d, Int<kGroup<kVecs>>{}); },
+      [&](int d) { gather(d, Int<4>{}); });
+}
+
+SPARSE_ATTN_KERNEL void backward_attend(BackwardTile& b, const KeyChunk& c, const KeyChunk* next) {
   Tile& t = b.fwd;
   const char* key_pointers[kChunkKeys + kKeyPadding];
   const char* value_pointers[kChunkKeys + kKeyPadding];
   const auto keys = float_rows(t, c.k, c.count, t.head_dim, t.k_wide, key_pointers);
   const auto values = float_rows(t, c.v, c.count, t.head_dim_v, t.v_wide, value_pointers);
-  const int padded = (c.count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
-  for_panels(t.rows, [&](auto vecs, int row) __attribute__((always_inline)) {
-    constexpr int kVecs = decltype(vecs)::value;
-    for (int i = 0; i < padded; i += 4) {
-      score<4, kVecs>(panel(t.q, row), keys + i, t.head_dim, t.scores + i * kTileRows + row);
-      score<4, kVecs>(panel(b.grad_out, row), values + i, t.head_dim_v,
-                      b.grad_scores + i * kTileRows + row);
-    }
-    adjust_panel<kVecs>(t, c, c.count, row, true);
-    backward_scores<kVecs>(b, c, row);
-    for (int d = 0; d < t.head_dim; d += 4)
-      accumulate<4, kVecs, kTileRows>(b.grad_scores + row, keys, d, c.count, t.alpha + row,
-                                      panel(t.acc, row) + d * kPanelRows);
-  });
-  for (int i = c.count; i < padded; ++i) {
-    memset(t.scores + i * kTileRows, 0, kTileRows * sizeof(float));
-    memset(b.grad_scores + i * kTileRows, 0, kTileRows * sizeof(float));
+  Fetch fetch(t, c, next);
+  const auto attend = [&](auto vecs, int row) __attribute__((always_inline)) {
+    backward_panel<decltype(vecs)::value>(b, c, keys, values, row, fetch);
+  };
+  if (c.limits != nullptr) {
+    for_panels<kLimitedVecs>(t.rows, attend);
+  } else {
+    for_panels(t.rows, attend);
   }
   scatter_chunk(b, c, t.scores, b.grad_out_row, t.head_dim_v, b.grad_v);
   scatter_chunk(b, c, b.grad_scores, b.q_row, t.head_dim, b.grad_k);

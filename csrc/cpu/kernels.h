@@ -118,7 +118,7 @@ struct Kernels {
   void (*rank_levels)(const float* x, int keys, int rows, const float* top, uint8_t* levels,
                       uint32_t* histogram);
   void (*backward_begin)(BackwardTile&);
-  void (*backward_attend)(BackwardTile&, const KeyChunk&);
+  void (*backward_attend)(BackwardTile&, const KeyChunk&, const KeyChunk* next);
   void (*backward_finish)(BackwardTile&);
   // n numbers of dtype as float32, and back.
   void (*widen)(const char* from, float* to, int64_t n, DType dtype);
