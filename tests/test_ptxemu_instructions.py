@@ -467,6 +467,35 @@ def test_calls_recursion_and_function_pointers():
         assert result.tolist() == [a * 10000 + b for a, b in zip(f, second)]
 
 
+EXTERNAL = """
+.extern .func (.param .b32 r) vprintf (.param .b64 format, .param .b64 values);
+.extern .func __assertfail
+  (.param .b64 a, .param .b64 b, .param .b32 c, .param .b64 d, .param .b64 e);
+.global .align 1 .b8 text[3] = {104, 105, 0};
+"""
+
+
+def test_printf_is_left_out_with_a_notice():
+    body = """
+      mov.u64 %rd1, text;
+      { .param .b64 param0; .param .b64 param1; .param .b32 retval0;
+        st.param.b64 [param0], %rd1; st.param.b64 [param1], 0;
+        call.uni (retval0), vprintf, (param0, param1);
+        ld.param.b32 %r1, [retval0]; }
+    """
+    stats = module(body, before=EXTERNAL).launch()
+    assert stats["notices"] == ["printf was called and ignored"]
+
+
+def test_a_failed_assertion_is_a_finding():
+    body = """
+      { .param .b64 a; .param .b64 b; .param .b32 c; .param .b64 d; .param .b64 e;
+        call.uni __assertfail, (a, b, c, d, e); }
+    """
+    message = finding("trap", lambda: module(body, before=EXTERNAL).launch())
+    assert "assertion failed" in message
+
+
 def test_indexed_branch_and_globals():
     """brx.idx with .branchtargets; .global with initial values; .const."""
     before = ".global .align 4 .u32 table[4] = {10, 20, 30, 40};\n.const .align 4 .b32 scale = 3;\n"
