@@ -53,9 +53,10 @@ class HeadKind(IntEnum):
 def indptr_from_counts(counts: Tensor) -> Tensor:
     """Offsets int64 [batch, heads, tiles + 1] of lists laid end to end, from their lengths."""
     counts = counts.to(torch.int64)
-    row = counts.sum(-1)
-    row_start = (row.flatten().cumsum(0) - row.flatten()).view(row.shape)
-    return F.pad(counts.cumsum(-1), (1, 0)) + row_start[..., None]
+    if counts.shape[-1] == 0:
+        return counts.new_zeros(*counts.shape[:-1], 1)
+    ends = counts.flatten().cumsum(0).view(counts.shape)
+    return torch.cat([ends[..., :1] - counts[..., :1], ends], -1)
 
 
 def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:

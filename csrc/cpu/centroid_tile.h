@@ -95,21 +95,29 @@ SPARSE_ATTN_KERNEL void nearest(NearestBlock& b, const float* centroids, const i
   }
 }
 
-// Asks for what lies a fixed distance past each centroid: they mostly lie in order.
+// Asks for the centroids some 4 KiB ahead, in this chunk and then in the next.
 struct CentroidPrefetch {
   const KeyChunk& c;
+  const KeyChunk* next;
   int row_bytes;
   int row = 0;
 
   SPARSE_ATTN_INLINE_MEMBER void reach(int share) {
-    for (const int last = c.count * share / kScoreShare; row < last; ++row)
-      prefetch_row<1>(c.k[row] + 4096, row_bytes);
+    const int ahead = (4096 + row_bytes - 1) / row_bytes;
+    for (const int last = c.count * share / kScoreShare; row < last; ++row) {
+      const int at = row + ahead;
+      if (at < c.count) {
+        prefetch_row<1>(c.k[at], row_bytes);
+      } else if (next != nullptr && at - c.count < next->count) {
+        prefetch_row<1>(next->k[at - c.count], row_bytes);
+      }
+    }
   }
 };
 
 template <int kRows>
-SPARSE_ATTN_INLINE void dim_score_rows(Tile& t, const KeyChunk& c) {
-  CentroidPrefetch prefetch{c, t.head_dim * 4};
+SPARSE_ATTN_INLINE void dim_score_rows(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  CentroidPrefetch prefetch{c, next, t.head_dim * 4};
   if (t.head_dim % kLanes == 0) {
     score_chunk<PlainForm<DType::kFloat32>, kRows, false>(t, c, prefetch);
   } else {
@@ -117,12 +125,13 @@ SPARSE_ATTN_INLINE void dim_score_rows(Tile& t, const KeyChunk& c) {
   }
 }
 
-// scores[row][key] = q[row] . k[key] of at most max_dim_rows float32 rows set up by dim_begin.
-SPARSE_ATTN_KERNEL void dim_score(Tile& t, const KeyChunk& c) {
-  if (t.rows == 1) return dim_score_rows<1>(t, c);
-  if (t.rows == 2) return dim_score_rows<2>(t, c);
-  if (t.rows <= 4) return dim_score_rows<4>(t, c);
-  if constexpr (kDimRows == 8) dim_score_rows<8>(t, c);
+// scores[row][key] = q[row] . k[key] of at most max_dim_rows float32 rows set up by dim_begin;
+// meanwhile the next chunk's keys are prefetched.
+SPARSE_ATTN_KERNEL void dim_score(Tile& t, const KeyChunk& c, const KeyChunk* next) {
+  if (t.rows == 1) return dim_score_rows<1>(t, c, next);
+  if (t.rows == 2) return dim_score_rows<2>(t, c, next);
+  if (t.rows <= 4) return dim_score_rows<4>(t, c, next);
+  if constexpr (kDimRows == 8) dim_score_rows<8>(t, c, next);
 }
 
 // out[i] += weight exp(scale s[i]) / sum_j counts[j] exp(scale s[j]). s has room up to a multiple

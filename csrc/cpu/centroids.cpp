@@ -76,7 +76,7 @@ void nearest_block(const NearestParams& p, const Kernels& table, const Split& sp
 // What the tiles of centroid_scores need, per thread.
 struct ShareSpace {
   Tile tile;
-  KeyChunk chunk;
+  KeyChunk chunk, next;
   std::vector<float> rows;    // [kTileRows, dim] query rows as float32
   std::vector<float> logits;  // [kTileRows, pitch]
   std::vector<float> counts;  // [pitch]
@@ -106,15 +106,21 @@ void few_rows(const ShareParams& p, const Kernels& table, const float* centroids
   for (int r = 0; r < count; ++r)
     s.tile.q_rows[r] = reinterpret_cast<const char*>(s.rows.data() + r * p.dim);
   table.dim_begin(s.tile);
-  for (int64_t i = 0; i < std::ssize(s.ids); i += kChunkKeys) {
-    const int64_t n = std::min<int64_t>(kChunkKeys, std::ssize(s.ids) - i);
-    s.chunk.count = static_cast<int32_t>(n);
-    for (int64_t j = 0; j < n; ++j)
-      s.chunk.k[j] = reinterpret_cast<const char*>(centroids + int64_t{s.ids[i + j]} * p.dim);
-    table.dim_score(s.tile, s.chunk);
+  const int64_t all = std::ssize(s.ids);
+  const auto fill = [&](int64_t first, KeyChunk& chunk) {
+    chunk.count = static_cast<int32_t>(std::clamp<int64_t>(all - first, 0, kChunkKeys));
+    for (int32_t j = 0; j < chunk.count; ++j)
+      chunk.k[j] = reinterpret_cast<const char*>(centroids + int64_t{s.ids[first + j]} * p.dim);
+  };
+  KeyChunk* chunk = &s.chunk;
+  KeyChunk* next = &s.next;
+  fill(0, *chunk);
+  for (int64_t i = 0; i < all; i += kChunkKeys, std::swap(chunk, next)) {
+    fill(i + kChunkKeys, *next);
+    table.dim_score(s.tile, *chunk, next);
     for (int r = 0; r < count; ++r)
       std::memcpy(s.logits.data() + r * pitch + i, s.tile.scores + r * kChunkKeys,
-                  n * sizeof(float));
+                  chunk->count * sizeof(float));
   }
 }
 
@@ -306,8 +312,14 @@ bool kept_members(const bool* keep, const int64_t* counts, const int64_t* indptr
     const int64_t* start = indptr + h * (clusters + 1);
     // A bit a key puts the members of all kept clusters in order.
     std::vector<uint64_t> bits((n + 63) / 64, 0);
+    std::vector<int32_t> kept;
     for (int64_t c = 0; c < clusters; ++c) {
       if (!keep[i * clusters + c]) continue;
+      kept.push_back(static_cast<int32_t>(c));
+      for (int64_t j = start[c]; j < start[c + 1]; j += 16)
+        __builtin_prefetch(members + h * n + j);  // ranges lie far apart in memory
+    }
+    for (const int32_t c : kept) {
       for (int64_t j = start[c]; j < start[c + 1]; ++j) {
         const int64_t key = members[h * n + j];
         if (key < 0 || key >= n) {

@@ -107,7 +107,7 @@ struct Kernels {
                         int64_t distances);
   // Clustering and centroid lookup (centroid_tile.h).
   void (*nearest)(NearestBlock&, const float* centroids, const int32_t* ids, int64_t n);
-  void (*dim_score)(Tile&, const KeyChunk&);
+  void (*dim_score)(Tile&, const KeyChunk&, const KeyChunk* next);
   void (*add_shares)(float* s, const float* counts, int64_t n, float scale, float weight,
                      float* out);
   void (*add_rows)(const char* base, int64_t stride_bytes, const int32_t* rows, int64_t count,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_attn.index import SparseIndex
+from sparse_attn.index import HeadKind, SparseIndex
 from sparse_attn.lists import indptr_from_counts
 from sparse_attn.patterns.base import (
     Pattern,
@@ -184,20 +185,28 @@ class CentroidLookup(Pattern):
         scale = scale_or_default(q, softmax_scale)
         choice = self._choose(index, rows, scale, tiles - dense, self.tile)
         block_n = min(_power(seqlen_k), 1 << 20)
-        # The keys behind the clustered ones; for the prefix's own rows, all keys.
-        tail = torch.arange(index.clustered, seqlen_k, block_n, dtype=torch.int32)
-        every = torch.arange(0, seqlen_k, block_n, dtype=torch.int32)
-        lengths = torch.tensor([len(every)] * dense + [len(tail)] * (tiles - dense))
-        blocks = torch.cat([every.repeat(dense), tail.repeat(tiles - dense)])
-        lead, device = k.shape[:2], k.device
-        counts = torch.cat([choice.counts.new_zeros(*lead, dense), choice.counts], -1)
+        lead = (k.shape[0], k.shape[1])
+        heads, block_indptr, block_indices = _blocks(
+            *lead,
+            tiles,
+            dense,
+            index.clustered,
+            -(-seqlen_k // block_n),
+            -(-(seqlen_k - index.clustered) // block_n),
+            block_n,
+            k.device,
+        )
+        counts = choice.counts
+        if dense:
+            counts = torch.cat([counts.new_zeros(*lead, dense), counts], -1)
         built = SparseIndex.from_lists(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
             block_m=block_m,
             block_n=block_n,
-            block_indptr=indptr_from_counts(lengths.to(device).expand(*lead, tiles)),
-            block_indices=blocks.repeat(lead.numel()).to(device),
+            heads=heads,
+            block_indptr=block_indptr,
+            block_indices=block_indices,
             column_indptr=indptr_from_counts(counts),
             column_indices=choice.keys,
         )
@@ -312,6 +321,33 @@ def calibrate_threshold(
         scores = index.scores(q, tile_rows=rows, softmax_scale=scale, group=group, coarse_keep=keep)
         parts.append((scores, index.counts))
     return _quantile(parts, percentile)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(
+    batch: int,
+    heads: int,
+    tiles: int,
+    dense: int,
+    clustered: int,
+    all_blocks: int,
+    tail_blocks: int,
+    block_n: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(heads, block_indptr, block_indices): all keys for the first tiles, the tail for the others.
+
+    Kept, since decode asks for the same thousands of times: nobody changes an index's tensors.
+    """
+    with torch.inference_mode(False):
+        every = torch.arange(all_blocks, dtype=torch.int32, device=device) * block_n
+        tail = clustered + torch.arange(tail_blocks, dtype=torch.int32, device=device) * block_n
+        lengths = torch.tensor([all_blocks] * dense + [tail_blocks] * (tiles - dense))
+        blocks = torch.cat([every.repeat(dense), tail.repeat(tiles - dense)])
+        kinds = torch.zeros(heads, 4, dtype=torch.int32, device=device)
+        kinds[:, 0] = int(HeadKind.LISTED)
+        indptr = indptr_from_counts(lengths.to(device).expand(batch, heads, tiles))
+        return kinds, indptr, blocks.repeat(batch * heads)
 
 
 def _above(scores: Tensor, threshold: float) -> Tensor:
