@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn import backends, ops
+from sparse_attn.arguments import check_qkv, check_ranges, spans
 from sparse_attn.index import SparseIndex
 from sparse_attn.paged import check_pages, gather_pages
 from sparse_attn.patterns import Pattern, resolve
@@ -84,20 +85,25 @@ def attention(
         >>> sparse_attn.attention(q, k, v, sparse_attn.AShape(sink=64, window=256)).shape
         torch.Size([1, 4, 1024, 64])
     """
-    _check_qkv("attention", q, k, v)
-    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    check_qkv("attention", q, k, v)
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    offset = seqlen_k - seqlen_q if q_offset is None else q_offset
     numerics = (causal, softmax_scale, softcap, sinks, backend)
-    if not isinstance(pattern, SparseIndex) and not _is_block_mask(pattern):
-        pattern = resolve(pattern, q.shape[1])  # type: ignore[arg-type]
-        band = pattern.band_rows(q, k)
-        if band is not None and band < q.shape[2]:
-            out, lse = _banded(q, k, v, pattern, band, offset, *numerics)
+    if isinstance(pattern, SparseIndex):
+        index = pattern
+    elif _is_block_mask(pattern):
+        index = SparseIndex.from_block_mask(pattern)  # type: ignore[arg-type]
+    else:
+        chosen = resolve(pattern, q.shape[1])  # type: ignore[arg-type]
+        band = chosen.band_rows(q, k)
+        if band is not None and band < seqlen_q:
+            out, lse = _banded(q, k, v, chosen, band, offset, *numerics)
             return (out, lse) if return_lse else out
-    index = build_index(pattern, q, k, causal, softmax_scale, offset)
-    if index.seqlen_q != q.shape[2] or index.seqlen_k != k.shape[2]:
+        index = _built(chosen, q, k, causal, softmax_scale, offset)
+    if index.seqlen_q != seqlen_q or index.seqlen_k != seqlen_k:
         raise ValueError(
             f"sparse_attn.attention: the index was built for seqlen_q={index.seqlen_q}, "
-            f"seqlen_k={index.seqlen_k}, q and k have {q.shape[2]} and {k.shape[2]}; "
+            f"seqlen_k={index.seqlen_k}, q and k have {seqlen_q} and {seqlen_k}; "
             "build it for these lengths."
         )
     out, lse = _run("attention", q, k, v, index, None, offset, *numerics)
@@ -137,8 +143,8 @@ def attention_ranges(
         TypeError, ValueError, UnsupportedError: as `attention`.
     """
     function = "attention_ranges"
-    _check_qkv(function, q, k, v)
-    _check_ranges(function, seq_ranges, q, k)
+    check_qkv(function, q, k, v)
+    check_ranges(function, seq_ranges, q, k)
     index = _ranges_index(pattern, q, k, seq_ranges, causal, softmax_scale)
     out, lse = _run(
         function, q, k, v, index, seq_ranges, 0, causal, softmax_scale, softcap, sinks, backend
@@ -193,8 +199,8 @@ def attention_varlen(
                 f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
                 "pass [total tokens, heads, head_dim]."
             )
-    starts_q, lens_q = _spans(function, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    starts_k, lens_k = _spans(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    starts_q, lens_q = spans(function, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    starts_k, lens_k = spans(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if starts_q.shape != starts_k.shape:
         raise ValueError(
             f"sparse_attn.{function}: cu_seqlens_q tells of {starts_q.numel()} sequences, "
@@ -294,7 +300,7 @@ def attention_decode(
             sinks=sinks,
             backend=backend,
         )
-    _check_qkv(function, q, k_cache, v_cache)
+    check_qkv(function, q, k_cache, v_cache)
     batch, _, seqlen_q, _ = q.shape
     lens = torch.as_tensor(cache_seqlens, dtype=torch.int32, device="cpu").expand(batch)
     zeros = torch.zeros_like(lens)
@@ -367,19 +373,20 @@ def _run(
     backend: str,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    num_heads, num_heads_kv = q.shape[1], k.shape[1]
+    batch, num_heads, _, head_dim = q.shape
+    num_heads_kv = k.shape[1]
     # Spelt out: under torch.compile, `in` does not find a symbolic size in a tuple.
     given = index.num_heads
     if given != 1 and given != num_heads and given != num_heads_kv:
         raise ValueError(
-            f"sparse_attn.{function}: the index has {index.num_heads} heads; pass one with 1, "
+            f"sparse_attn.{function}: the index has {given} heads; pass one with 1, "
             f"{num_heads_kv} (KV heads) or {num_heads} (query heads)."
         )
-    sequences = q.shape[0] if seq_ranges is None else seq_ranges.shape[0]
-    if index.batch_size != 1 and index.batch_size != sequences:
+    sequences = batch if seq_ranges is None else seq_ranges.shape[0]
+    given = index.batch_size
+    if given != 1 and given != sequences:
         raise ValueError(
-            f"sparse_attn.{function}: the index has batch {index.batch_size}; "
-            f"pass one with 1 or {sequences}."
+            f"sparse_attn.{function}: the index has batch {given}; pass one with 1 or {sequences}."
         )
     if softcap is not None and not softcap > 0.0:
         raise ValueError(
@@ -392,14 +399,14 @@ def _run(
         )
     bias = index.column_bias
     problem = backends.Problem(
-        q.device.type,
+        "cpu" if q.is_cpu else q.device.type,  # the name takes longer than the question
         q.dtype,
-        q.shape[3],
+        head_dim,
         v.shape[3],
         bias is not None and bias.requires_grad and torch.is_grad_enabled(),
     )
     backends.choose(function, problem, backend)
-    scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
+    scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     return ops.attention(
         q,
         k,
@@ -427,7 +434,7 @@ def _banded(
     outs, lses = [], []
     for first in range(0, q.shape[2], rows):
         band, offset = q[:, :, first : first + rows], q_offset + first
-        index = build_index(pattern, band, k, causal, softmax_scale, offset)
+        index = _built(pattern, band, k, causal, softmax_scale, offset)
         out, lse = _run("attention", band, k, v, index, None, offset, *numerics)
         outs.append(out)
         lses.append(lse)
@@ -447,13 +454,26 @@ def build_index(
         return pattern
     if _is_block_mask(pattern):
         return SparseIndex.from_block_mask(pattern)
-    chosen = resolve(pattern, q.shape[1])
+    return _built(resolve(pattern, q.shape[1]), q, k, causal, softmax_scale, q_offset)
+
+
+def _built(
+    chosen: Pattern,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    q_offset: int,
+) -> SparseIndex:
+    """The index that `chosen`, a pattern for the heads of q, builds."""
     if chosen.data_dependent or _is_tracing():
         with torch.no_grad():
             return chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset)
     # Such an index depends on shapes alone. Without lists it is a few small tensors, and making
     # them anew would be a third of a short call. Nobody outside this module can change them.
-    key = (chosen, q.shape[1:3], k.shape[1:3], causal, q_offset, q.device)
+    _, heads, seqlen_q, _ = q.shape
+    _, heads_kv, seqlen_k, _ = k.shape
+    key = (chosen, heads, seqlen_q, heads_kv, seqlen_k, causal, q_offset, q.device)
     index = _static_indexes.get(key)
     if index is None:
         with torch.inference_mode(False), torch.no_grad():
@@ -533,94 +553,3 @@ def _paged_index(
 
 def _is_block_mask(pattern: Any) -> bool:
     return hasattr(pattern, "kv_num_blocks")  # without importing FlexAttention, which is slow
-
-
-def _check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    tensors = (("q", q), ("k", k), ("v", v))
-    for name, x in tensors:
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"sparse_attn.{function}: {name} is a {type(x).__name__}; pass a torch.Tensor."
-            )
-        if x.dim() != 4:
-            raise ValueError(
-                f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
-                "pass [batch, heads, seqlen, head_dim]."
-            )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"sparse_attn.{function}: {name} is {x.dtype} on {x.device}, q is {q.dtype} on "
-                f"{q.device}; pass q, k and v of one dtype on one device."
-            )
-        dim = x.shape[3]
-        if dim == 0 or dim % 8 != 0:
-            label = "head_dim_v" if name == "v" else "head_dim"
-            which = "v" if name == "v" else "q, k and v"
-            raise ValueError(
-                f"sparse_attn.{function}: {label}={dim} is not a multiple of 8; "
-                f"pad {which} to {max(8, -(-dim // 8) * 8)}."
-            )
-        if x.stride(3) != 1:
-            raise ValueError(
-                f"sparse_attn.{function}: the last dimension of {name} has stride {x.stride(3)}; "
-                f"pass {name}.contiguous()."
-            )
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            f"sparse_attn.{function}: q {tuple(q.shape)}, k {tuple(k.shape)} and v "
-            f"{tuple(v.shape)} do not fit; q and k need one batch and head_dim, k and v one "
-            "batch, number of heads and length."
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(
-            f"sparse_attn.{function}: {q.shape[1]} query heads are no multiple of {k.shape[1]} "
-            "KV heads."
-        )
-
-
-def _check_ranges(function: str, seq_ranges: Tensor, q: Tensor, k: Tensor) -> None:
-    if seq_ranges.dtype != torch.int32 or seq_ranges.dim() != 2 or seq_ranges.shape[1] != 5:
-        raise ValueError(
-            f"sparse_attn.{function}: seq_ranges is {seq_ranges.dtype} {tuple(seq_ranges.shape)}; "
-            "pass int32 [num_seqs, 5]."
-        )
-    if q.shape[0] != 1 and q.shape[0] != seq_ranges.shape[0]:
-        raise ValueError(
-            f"sparse_attn.{function}: seq_ranges has {seq_ranges.shape[0]} rows for batch "
-            f"{q.shape[0]}; pass one for each batch entry."
-        )
-    if torch.compiler.is_compiling() or seq_ranges.numel() == 0:
-        return
-    starts, lens = seq_ranges[:, [0, 2]], seq_ranges[:, [1, 3]]
-    limits = torch.tensor([q.shape[2], k.shape[2]])
-    bad = ((starts < 0) | (lens < 0) | (starts + lens > limits)).any(dim=1)
-    if bool(bad.any()):
-        s = int(bad.nonzero()[0])
-        raise ValueError(
-            f"sparse_attn.{function}: sequence {s} has (q_start, q_len, k_start, k_len) = "
-            f"{seq_ranges[s, :4].tolist()}, outside of {q.shape[2]} rows and {k.shape[2]} keys."
-        )
-
-
-def _spans(
-    function: str, name: str, cu_seqlens: Tensor, total: int, longest: int
-) -> tuple[Tensor, Tensor]:
-    """Starts and lengths of packed sequences."""
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(
-            f"sparse_attn.{function}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
-            "pass int32 [num_seqs + 1]."
-        )
-    host = cu_seqlens.cpu()
-    lens = host.diff()
-    if int(host[0]) != 0 or int(host[-1]) != total or bool((lens < 0).any()):
-        raise ValueError(
-            f"sparse_attn.{function}: {name} does not ascend from 0 to {total}, the number of "
-            f"tokens: {host.tolist()}."
-        )
-    if lens.numel() > 0 and int(lens.max()) > longest:
-        raise ValueError(
-            f"sparse_attn.{function}: a sequence of {name} has {int(lens.max())} tokens, more than "
-            f"max_seqlen={longest}."
-        )
-    return host[:-1], lens

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ class UnsupportedError(NotImplementedError):
         self.reasons = tuple(reasons)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a backend is asked about: everything that can decide whether it runs.
 
     Attributes:
@@ -43,15 +42,17 @@ class Problem:
 
 
 def _cpu_reasons(problem: Problem) -> list[str]:
+    device_type, dtype, head_dim, head_dim_v, bias_requires_grad = problem
     reasons = []
-    if problem.device_type != "cpu":
-        reasons.append(f"it runs tensors on cpu, these are on {problem.device_type}")
-    if problem.dtype not in _DTYPES:
-        reasons.append(f"it runs float32, bfloat16 and float16, not {problem.dtype}")
-    for name, dim in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v)):
-        if dim > 256:
-            reasons.append(f"{name}={dim} is above 256")
-    if problem.bias_requires_grad:
+    if device_type != "cpu":
+        reasons.append(f"it runs tensors on cpu, these are on {device_type}")
+    if dtype not in _DTYPES:
+        reasons.append(f"it runs float32, bfloat16 and float16, not {dtype}")
+    if head_dim > 256:
+        reasons.append(f"head_dim={head_dim} is above 256")
+    if head_dim_v > 256:
+        reasons.append(f"head_dim_v={head_dim_v} is above 256")
+    if bias_requires_grad:
         reasons.append("it has no gradient of column_bias; detach it")
     return reasons
 

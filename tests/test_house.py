@@ -22,7 +22,7 @@ LAYERS = (
     {"env", "errors", "ops"},
     {"convert", "density", "index", "lists", "selection"},
     {"patterns"},
-    {"backends", "paged", "attention"},
+    {"arguments", "backends", "paged", "attention"},
 )
 """Modules or subpackages, lowest first; one may import its own layer and those below it.
 

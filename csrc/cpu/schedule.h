@@ -120,10 +120,12 @@ template <class Work>
 void deal(const Executor& executor, int64_t n, Work work) {
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(executor.num_threads, n);
-  executor.run(workers, [&](int64_t) {
+  const auto take = [&](int64_t) {
     for (int64_t i = next.fetch_add(1); i < n; i = next.fetch_add(1))
       if (!work(i)) return;
-  });
+  };
+  if (workers <= 1) return take(0);
+  executor.run(workers, take);
 }
 
 // As `deal`, with something of its own for each thread: make() is called once a thread, work(i,

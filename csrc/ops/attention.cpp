@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> attention_cpu(
     p.sinks = static_cast<const float*>(sinks->const_data_ptr());
   }
   Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), p.num_heads, p.seqlen_q}, ScalarType::Float);
+  const int64_t lse_sizes[] = {q.size(0), p.num_heads, p.seqlen_q};
+  Tensor lse = empty_cpu(lse_sizes, {0, 1, 2}, ScalarType::Float);
   if (seq_ranges.has_value()) {  // rows of no sequence
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -INFINITY);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common.h"
 
+#include <iterator>
 #include <limits>
 
 namespace sparse_attn::ops {
@@ -177,6 +178,22 @@ IndexView index_view(const IndexArgs& args) {
   return index;
 }
 
+// torch::stable::new_empty looks its operator up by name in every call, which a short call feels.
+Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarType dtype) {
+  int64_t strides[4];
+  int64_t step = 1;
+  for (auto dim = std::rbegin(order); dim != std::rend(order); ++dim) {
+    strides[*dim] = step;
+    step *= std::max<int64_t>(sizes[*dim], 1);
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(order.size()), sizes, strides, code,
+                               aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
 TensorView tensor_view(const Tensor& x) {
   return {static_cast<char*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1),
           x.stride(2)};
@@ -250,11 +267,9 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
 }
 
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim) {
-  const int64_t batch = like.size(0);
-  if (like.stride(1) < like.stride(2))
-    return torch::stable::transpose(torch::stable::new_empty(like, {batch, seqlen, heads, dim}), 1,
-                                    2);
-  return torch::stable::new_empty(like, {batch, heads, seqlen, dim});
+  const int64_t sizes[] = {like.size(0), heads, seqlen, dim};
+  if (like.stride(1) < like.stride(2)) return empty_cpu(sizes, {0, 2, 1, 3}, like.scalar_type());
+  return empty_cpu(sizes, {0, 1, 2, 3}, like.scalar_type());
 }
 
 cpu::Executor torch_threads() {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -66,8 +67,11 @@ void check_disjoint(const std::vector<Sequence>& sequences, const char* name,
 TensorView tensor_view(const Tensor& x);
 // A checked [batch, heads, seqlen, dim] CPU tensor with a contiguous last dimension.
 std::pair<TensorView, DType> rows_view(const Tensor& x, const char* name);
-// A [batch, heads, seqlen, dim] tensor laid out in memory as `like` is: rows of all heads together
-// if `like` is a transposed [batch, seqlen, heads, dim] tensor.
+// A dense CPU tensor of at most four dimensions; `order` names them from the slowest in memory to
+// the fastest.
+Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarType dtype);
+// A [batch, heads, seqlen, dim] CPU tensor laid out in memory as `like` is: rows of all heads
+// together if `like` is a transposed [batch, seqlen, heads, dim] tensor.
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim);
 cpu::Executor torch_threads();
 void raise_fault(const char* op, const IndexFault& fault);

@@ -76,13 +76,18 @@ def attention(
         return out, lse
     if forward_ad._current_level >= 0:  # the cheap question first
         _refuse_tangents(q, k, v, sinks)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+    if torch.is_grad_enabled() and _wants_gradient(q, k, v, sinks):
         out, lse = _attention_op(*arguments)
     else:
         # The gradient registered below runs in Python, half the cost of a short call.
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _attention_op(*arguments)
     return out, lse
+
+
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    wanted = q.requires_grad or k.requires_grad or v.requires_grad
+    return wanted or (sinks is not None and sinks.requires_grad)
 
 
 def _refuse_tangents(*inputs: Tensor | None) -> None:

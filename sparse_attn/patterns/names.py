@@ -74,6 +74,8 @@ def resolve(
         >>> resolve("tri_shape", num_heads=8)
         AShape(sink=128, window=3968, dense_tail=100)
     """
+    if type(pattern) is str and pattern in _NAMED:  # first, since asking an ABC takes long
+        return _NAMED[pattern]
     if isinstance(pattern, PerHead):
         pattern.check_num_heads(num_heads)
         return pattern

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what the public calls are given; their texts say what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_qkv(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises unless q, k and v are tensors that fit each other.
+
+    Args:
+        function: caller's name, for the text.
+        q: [batch, num_heads, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: a shape, dtype, device or stride is wrong.
+    """
+    if not _fit(q, k, v):
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            _check_tensor(function, name, x, q)
+        _check_together(function, q, k, v)
+
+
+def _fit(q: Any, k: Any, v: Any) -> bool:
+    """All that the checks below ask, without a text for each: a short call feels every question."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return False
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    if not (len(q_shape) == len(k_shape) == len(v_shape) == 4):
+        return False
+    batch, heads, _, dim = q_shape
+    batch_k, heads_kv, seqlen_k, dim_k = k_shape
+    batch_v, heads_v, seqlen_v, dim_v = v_shape
+    dtype, device = q.dtype, q.device
+    fits: bool = (
+        batch == batch_k == batch_v
+        and heads_kv == heads_v
+        and seqlen_k == seqlen_v
+        and dim == dim_k
+        and dim > 0
+        and dim_v > 0
+        and dim % 8 == 0
+        and dim_v % 8 == 0
+        and heads_kv > 0
+        and heads % heads_kv == 0
+        and k.dtype == dtype
+        and v.dtype == dtype
+        and k.device == device
+        and v.device == device
+        and q.stride()[3] == 1
+        and k.stride()[3] == 1
+        and v.stride()[3] == 1
+    )
+    return fits
+
+
+def _check_tensor(function: str, name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"sparse_attn.{function}: {name} is a {type(x).__name__}; pass a torch.Tensor."
+        )
+    if x.dim() != 4:
+        raise ValueError(
+            f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
+            "pass [batch, heads, seqlen, head_dim]."
+        )
+    if x.dtype != q.dtype or x.device != q.device:
+        raise ValueError(
+            f"sparse_attn.{function}: {name} is {x.dtype} on {x.device}, q is {q.dtype} on "
+            f"{q.device}; pass q, k and v of one dtype on one device."
+        )
+    dim = x.shape[3]
+    if dim == 0 or dim % 8 != 0:
+        label = "head_dim_v" if name == "v" else "head_dim"
+        which = "v" if name == "v" else "q, k and v"
+        raise ValueError(
+            f"sparse_attn.{function}: {label}={dim} is not a multiple of 8; "
+            f"pad {which} to {max(8, -(-dim // 8) * 8)}."
+        )
+    if x.stride(3) != 1:
+        raise ValueError(
+            f"sparse_attn.{function}: the last dimension of {name} has stride {x.stride(3)}; "
+            f"pass {name}.contiguous()."
+        )
+
+
+def _check_together(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"sparse_attn.{function}: q {tuple(q.shape)}, k {tuple(k.shape)} and v "
+            f"{tuple(v.shape)} do not fit; q and k need one batch and head_dim, k and v one "
+            "batch, number of heads and length."
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"sparse_attn.{function}: {q.shape[1]} query heads are no multiple of {k.shape[1]} "
+            "KV heads."
+        )
+
+
+def check_ranges(function: str, seq_ranges: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raises ValueError unless seq_ranges are rows of `attention_ranges` inside of q and k."""
+    if seq_ranges.dtype != torch.int32 or seq_ranges.dim() != 2 or seq_ranges.shape[1] != 5:
+        raise ValueError(
+            f"sparse_attn.{function}: seq_ranges is {seq_ranges.dtype} {tuple(seq_ranges.shape)}; "
+            "pass int32 [num_seqs, 5]."
+        )
+    if q.shape[0] != 1 and q.shape[0] != seq_ranges.shape[0]:
+        raise ValueError(
+            f"sparse_attn.{function}: seq_ranges has {seq_ranges.shape[0]} rows for batch "
+            f"{q.shape[0]}; pass one for each batch entry."
+        )
+    if torch.compiler.is_compiling() or seq_ranges.numel() == 0:
+        return
+    starts, lens = seq_ranges[:, [0, 2]], seq_ranges[:, [1, 3]]
+    limits = torch.tensor([q.shape[2], k.shape[2]])
+    bad = ((starts < 0) | (lens < 0) | (starts + lens > limits)).any(dim=1)
+    if bool(bad.any()):
+        s = int(bad.nonzero()[0])
+        raise ValueError(
+            f"sparse_attn.{function}: sequence {s} has (q_start, q_len, k_start, k_len) = "
+            f"{seq_ranges[s, :4].tolist()}, outside of {q.shape[2]} rows and {k.shape[2]} keys."
+        )
+
+
+def spans(
+    function: str, name: str, cu_seqlens: Tensor, total: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Starts and lengths of packed sequences, int32 on the CPU; raises ValueError unless they fit.
+
+    Args:
+        function: caller's name, for the text.
+        name: of `cu_seqlens`, for the text.
+        cu_seqlens: int32 [num_seqs + 1].
+        total: tokens of all sequences.
+        longest: tokens that a sequence has at most.
+    """
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"sparse_attn.{function}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
+            "pass int32 [num_seqs + 1]."
+        )
+    host = cu_seqlens.cpu()
+    lens = host.diff()
+    if int(host[0]) != 0 or int(host[-1]) != total or bool((lens < 0).any()):
+        raise ValueError(
+            f"sparse_attn.{function}: {name} does not ascend from 0 to {total}, the number of "
+            f"tokens: {host.tolist()}."
+        )
+    if lens.numel() > 0 and int(lens.max()) > longest:
+        raise ValueError(
+            f"sparse_attn.{function}: a sequence of {name} has {int(lens.max())} tokens, more than "
+            f"max_seqlen={longest}."
+        )
+    return host[:-1], lens
