@@ -644,7 +644,7 @@ def test_resolve_lists_and_objects():
 @pytest.mark.parametrize(
     ("pattern", "error", "text"),
     [
-        ("densest", ValueError, "pattern='densest' is unknown; known names are 'a_shape', 'adaptive'"),
+        ("densest", ValueError, "pattern='densest' is unknown; known names are 'a_shape', 'ada"),
         ("sliding_window", ValueError, r"needs arguments; pass SlidingWindow\(\.\.\.\)"),
         ("per_head", ValueError, r"needs arguments; pass PerHead\(\.\.\.\)"),
         (3, TypeError, "pattern is a int"),
