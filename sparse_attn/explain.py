@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from sparse_attn import backends
 from sparse_attn.attention import attention, build_index
-from sparse_attn.index import Density, HeadKind
-from sparse_attn.patterns import Dense
+from sparse_attn.index import Density, HeadKind, SparseIndex
+from sparse_attn.patterns import Dense, resolve
 
 if TYPE_CHECKING:
     from sparse_attn.attention import PatternLike
@@ -117,34 +119,72 @@ def explain(
     numerics: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
     offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     attention(q[:, :, :0], k, v, causal=causal, q_offset=offset, backend=backend)  # checks
-
-    index = build_index(pattern, q, k, q_offset=offset, **numerics)
     problem = backends.Problem(q.device.type, q.dtype, q.shape[3], v.shape[3])
     chosen = backends.choose("explain", problem, backend)
     refused = [name for name in backends.BACKENDS if name != chosen]
     reasons = tuple(
         f"{name}: {reason}" for name in refused for reason in backends.BACKENDS[name](problem)
     )
-    selection = 0.0
-    if index is not pattern:
-        selection = _milliseconds(
-            lambda: build_index(pattern, q, k, q_offset=offset, **numerics), q.device
-        )
-    sparse = _milliseconds(
-        lambda: attention(q, k, v, index, q_offset=offset, backend=backend, **numerics), q.device
-    )
-    index = index.expand_heads(q.shape[1])
+    told = repr(pattern)
+    if not isinstance(pattern, SparseIndex):  # a memory must stay as it is
+        pattern = copy.deepcopy(pattern)
+    selection = sparse = 0.0
+    parts = []
+    kinds: tuple[str, ...] = ()
+    for first, rows in _bands(pattern, q, k):
+        band, at = q[:, :, first : first + rows], offset + first
+        build = partial(build_index, pattern, band, k, q_offset=at, **numerics)
+        index = build()
+        if index is not pattern:
+            selection += _milliseconds(build, q.device)
+        run = partial(attention, band, k, v, index, q_offset=at, backend=backend, **numerics)
+        sparse += _milliseconds(run, q.device)
+        index = index.expand_heads(q.shape[1])
+        kinds = tuple(HeadKind(kind).name.lower() for kind in index.heads[:, 0].tolist())
+        tiles = _pairs(at, rows, k.shape[2], causal, index.block_m)
+        pairs = _pairs(at, rows, k.shape[2], causal)
+        parts.append((index.density(causal=causal, q_offset=at), pairs, tiles))
     return Explanation(
-        pattern=repr(pattern),
+        pattern=told,
         backend=chosen,
         reasons=reasons,
-        density=index.density(causal=causal, q_offset=offset),
-        kinds=tuple(HeadKind(kind).name.lower() for kind in index.heads[:, 0].tolist()),
+        density=_joined(parts),
+        kinds=kinds,
         selection_ms=selection,
         attention_ms=sparse,
         dense_ms=_dense_milliseconds(q, k, v, offset, backend, numerics),
         num_threads=torch.get_num_threads(),
     )
+
+
+def _bands(pattern: PatternLike, q: Tensor, k: Tensor) -> list[tuple[int, int]]:
+    """(first row, rows) of the pieces in which `attention` builds and runs the call."""
+    known = isinstance(pattern, SparseIndex) or hasattr(pattern, "kv_num_blocks")
+    step = None if known else resolve(pattern, q.shape[1]).band_rows(q, k)  # type: ignore[arg-type]
+    if step is None or step >= q.shape[2]:
+        return [(0, q.shape[2])]
+    return [(first, min(step, q.shape[2] - first)) for first in range(0, q.shape[2], step)]
+
+
+def _pairs(first: int, rows: int, seqlen_k: int, causal: bool, block_m: int = 1) -> int:
+    """Pairs that rows at positions first, first + 1, ... may see; each as its tile's last row."""
+    if not causal:
+        return rows * seqlen_k
+    row = torch.arange(rows)
+    last = ((row // block_m + 1) * block_m).clamp(max=rows)
+    return int((first + last).clamp(0, seqlen_k).sum())
+
+
+def _joined(parts: list[tuple[Density, int, int]]) -> Density:
+    """The density of bands of rows together, from each band's own with its pairs as weights."""
+    if len(parts) == 1:
+        return parts[0][0]
+    element = sum(d.element_per_head * pairs for d, pairs, _ in parts)
+    tile = sum(d.tile_per_head * tiles for d, _, tiles in parts)
+    assert isinstance(element, Tensor) and isinstance(tile, Tensor)
+    element = element / max(1, sum(pairs for _, pairs, _ in parts))
+    tile = tile / max(1, sum(tiles for _, _, tiles in parts))
+    return Density(element.mean().item(), tile.mean().item(), element, tile)
 
 
 def _dense_milliseconds(
@@ -161,14 +201,10 @@ def _dense_milliseconds(
         q.device,
     )
 
-    def pairs(low: int, high: int) -> int:
-        last = torch.arange(low, high) + offset + 1
-        seen = (
-            last.clamp(0, k.shape[2]) if numerics["causal"] else torch.full_like(last, k.shape[2])
-        )
-        return int(seen.sum())
-
-    return time_of_band * pairs(0, q.shape[2]) / max(1, pairs(first, first + rows))
+    whole = _pairs(offset, q.shape[2], k.shape[2], numerics["causal"])
+    return (
+        time_of_band * whole / max(1, _pairs(offset + first, rows, k.shape[2], numerics["causal"]))
+    )
 
 
 def _milliseconds(call: Callable[[], object], device: torch.device) -> float:

@@ -61,6 +61,31 @@ def test_the_dense_probe_is_scaled_to_all_pairs(monkeypatch):
             assert told == pytest.approx(int(seen.sum()) if causal else rows * keys)
 
 
+def test_bands_are_told_as_one_piece(monkeypatch):
+    q, k, v = inputs(700)
+    pattern = sparse_attn.Adaptive(recall=0.7, block_m=64)
+    whole = explain(q, k, v, pattern)
+    monkeypatch.setattr(sparse_attn.Adaptive, "band_rows", lambda *_: 128)
+    banded = explain(q, k, v, pattern)
+    assert 0 < whole.density.element < 1
+    for name in ("element_per_head", "tile_per_head"):
+        one, many = getattr(whole.density, name), getattr(banded.density, name)
+        torch.testing.assert_close(many, one, rtol=1e-12, atol=0)
+    assert banded.kinds == whole.kinds
+
+
+def test_a_memory_is_left_as_it_was():
+    _, k, v = inputs(500)
+    q, _, _ = inputs(1)
+    state = sparse_attn.HiPState(sparse_attn.HiP(mask_k=32, window=40), (4,))
+    sparse_attn.attention(q, k, v, state)
+    before = {name: x.clone() for name, x in state.state_dict().items()}
+    explain(q, k, v, state)
+    after = state.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_ready_index_has_no_selection():
     q, k, v = inputs(300)
     index = VerticalSlash(vertical=20, slash=100).build(q, k)
