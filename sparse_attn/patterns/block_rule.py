@@ -44,8 +44,9 @@ class BlockRule:
             "top_p": self.top_p,
             "threshold": self.threshold,
         }
-        named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-        if len(named) != 1:
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1:
+            named = [f"{name}={value!r}" for name, value in given.items()]
             raise ValueError(
                 f"sparse_attn.{self.owner}: {' and '.join(named) or 'no budget'} given; "
                 "pass exactly one of top_k, density, top_p and threshold."
