@@ -1,34 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // sparse_attn::anchor_lists on the CPU.
-#include <cstring>
 #include <tuple>
 
 #include "../cpu/anchor.h"
 #include "common.h"
 
 namespace sparse_attn::ops {
-namespace {
-
-Tensor joined(const Tensor& like, const std::vector<cpu::AnchorLists>& lists,
-              std::vector<int32_t> cpu::AnchorLists::* member, Tensor& counts) {
-  auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
-  int64_t total = 0;
-  for (const cpu::AnchorLists& one : lists) {
-    *count++ = static_cast<int64_t>((one.*member).size());
-    total += static_cast<int64_t>((one.*member).size());
-  }
-  Tensor all = torch::stable::new_empty(like, {total}, ScalarType::Int);
-  auto* to = static_cast<int32_t*>(all.mutable_data_ptr());
-  for (const cpu::AnchorLists& one : lists) {
-    const std::vector<int32_t>& from = one.*member;
-    if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof(int32_t));
-    to += from.size();
-  }
-  return all;
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_lists_cpu(const Tensor q, const Tensor k,
                                                             int64_t block, int64_t step,
                                                             int64_t sink, double theta,
@@ -44,14 +21,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> anchor_lists_cpu(const Tensor q, cons
                       q_offset > -kMost && q_offset < kMost,
                   "sparse_attn::anchor_lists: a size is out of range");
   const cpu::AnchorRule rule{block, step, sink, static_cast<float>(theta), q_offset, block_n};
-  const std::vector<cpu::AnchorLists> lists = cpu::anchor_lists(p, rule, torch_threads());
+  std::vector<cpu::AnchorLists> lists = cpu::anchor_lists(p, rule, torch_threads());
   const int64_t supers = (p.seqlen_q + rule.super() - 1) / rule.super();
   const auto counts = [&] {
     return torch::stable::new_empty(q, {q.size(0), p.num_heads, supers}, ScalarType::Long);
   };
   Tensor block_counts = counts(), column_counts = counts();
-  Tensor blocks = joined(q, lists, &cpu::AnchorLists::blocks, block_counts);
-  Tensor columns = joined(q, lists, &cpu::AnchorLists::columns, column_counts);
+  Tensor blocks = gather_lists(q, lists, &cpu::AnchorLists::blocks, block_counts);
+  Tensor columns = gather_lists(q, lists, &cpu::AnchorLists::columns, column_counts);
   return {block_counts, blocks, column_counts, columns};
 }
 

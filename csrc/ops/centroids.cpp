@@ -29,10 +29,6 @@ void check_tensor(const char* op, const Tensor& x, const char* name, ScalarType 
 }
 
 template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-template <class T>
 T* written(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }

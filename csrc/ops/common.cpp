@@ -16,11 +16,6 @@ void check_index_tensor(const Tensor& x, ScalarType dtype, int64_t dim, const ch
   STD_TORCH_CHECK(x.is_contiguous(), "sparse_attn: index tensor ", name, " is not contiguous");
 }
 
-template <class T>
-const T* data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
 void check_rows(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), "sparse_attn: ", name, " is not on the CPU");
   STD_TORCH_CHECK(x.dim() == 4, "sparse_attn: ", name, " has ", x.dim(),

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -74,6 +75,31 @@ Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarT
 // together if `like` is a transposed [batch, seqlen, heads, dim] tensor.
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim);
 cpu::Executor torch_threads();
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+// The int32 lists that `member` of every part holds, one after another, and their lengths. Lists
+// are freed as they are copied, so that memory holds them once.
+template <class Part>
+Tensor gather_lists(const Tensor& like, std::vector<Part>& parts,
+                    std::vector<int32_t> Part::* member, Tensor& lengths) {
+  auto* length = static_cast<int64_t*>(lengths.mutable_data_ptr());
+  int64_t total = 0;
+  for (size_t i = 0; i < parts.size(); ++i)
+    total += length[i] = static_cast<int64_t>((parts[i].*member).size());
+  Tensor all = torch::stable::new_empty(like, {total}, ScalarType::Int);
+  auto* to = static_cast<int32_t*>(all.mutable_data_ptr());
+  for (Part& part : parts) {
+    const std::vector<int32_t> from = std::move(part.*member);
+    if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof(int32_t));
+    to += from.size();
+  }
+  return all;
+}
+
 void raise_fault(const char* op, const IndexFault& fault);
 
 }  // namespace sparse_attn::ops
