@@ -32,3 +32,9 @@ def few_threads():
     torch.set_num_threads(min(before, MAX_THREADS))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Give a test the same numbers alone, in any order, and whatever else a machine skips."""
+    torch.manual_seed(0)

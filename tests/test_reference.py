@@ -657,12 +657,16 @@ def test_plain_attention_gradients_are_finite_with_empty_rows() -> None:
         assert x.grad is not None and torch.isfinite(x.grad).all()
 
 
-def test_bound_is_twice_the_plain_error_plus_one_eps() -> None:
+def test_bound_is_twice_the_plain_error_plus_the_rounding() -> None:
+    fp32 = torch.finfo(torch.float32).eps
     oracle = torch.tensor([1.0, -4.0, -INF], dtype=torch.float64)
     plain = torch.tensor([1.25, -4.0, -INF])
     actual = torch.tensor([1.0, -4.5, -INF])
     error, bound = error_and_bound(actual, oracle, plain)
-    assert error == 0.5 and bound == 2 * (0.25 + 4 * torch.finfo(torch.float32).eps)
+    assert error == 0.5 and bound == 2 * (0.25 + 4 * 2 * fp32)
+    for dtype, eps in ((torch.bfloat16, 2.0**-7 + fp32), (torch.float64, 2.0**-52)):
+        _, bound = error_and_bound(actual.to(dtype), oracle, plain.to(dtype))
+        assert bound == 2 * (0.25 + 4 * eps)
     assert_matches_oracle(actual, oracle, plain)
     actual[1] = -4.5001
     message = r"out: error 5\.001e-01 is above the bound 5\.000e-01 .* largest at \(1,\)"
