@@ -5,6 +5,7 @@ A `Case` is plain numbers; `build` makes tensors and a random SparseIndex of it,
 every instruction set of this CPU, on one thread and on two, and compares.
 """
 
+import platform
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from torch import Tensor
 import sparse_attn
 from sparse_attn import HeadKind, SparseIndex, ops, reference
 
-CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "scalar")
+X86 = ("avx512_bf16", "avx512", "avx2", "scalar")
+CAPABILITIES = ("neon", "scalar") if platform.machine() == "aarch64" else X86
 CAPABILITY_VARIABLE = "SPARSE_ATTN_CPU_CAPABILITY"
 
 # What stands in spare list capacity: a kernel that reads it fails.

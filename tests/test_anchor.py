@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 from bounds import assert_matches_oracle, plain_attention
+from cases import CAPABILITIES
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -141,7 +142,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", "scalar"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("head_dim", [8, 40, 12])
 def test_dtypes_and_instruction_sets_choose_alike(monkeypatch, capability, dtype, head_dim):
     monkeypatch.setenv("SPARSE_ATTN_CPU_CAPABILITY", capability)

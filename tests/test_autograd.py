@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from bounds import assert_matches_oracle, plain_attention
+from cases import CAPABILITIES
 from torch import Tensor
 
 import sparse_attn
@@ -16,7 +17,6 @@ from sparse_attn import AShape, SparseIndex, UnsupportedError, ops, reference
 from sparse_attn.attention import attention_ranges
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "scalar")
 NAMES = ("dq", "dk", "dv", "dsinks")
 
 

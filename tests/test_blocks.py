@@ -8,6 +8,7 @@ import oracle_blocks as oracle
 import pytest
 import torch
 from bounds import assert_matches_oracle
+from cases import CAPABILITIES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +28,6 @@ from sparse_attn.selection import (
     pool,
     pooled,
 )
-
-CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "scalar")
 
 
 @pytest.fixture(params=CAPABILITIES)

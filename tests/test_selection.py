@@ -3,14 +3,13 @@
 
 import pytest
 import torch
+from cases import CAPABILITIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn import ops
 from sparse_attn.patterns import slash_lists
 from sparse_attn.selection import estimators, top_k_indices, top_k_mask
-
-CAPABILITIES = ("avx512_bf16", "avx512", "avx2", "scalar")
 
 
 @settings(max_examples=300)

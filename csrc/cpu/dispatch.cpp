@@ -13,6 +13,8 @@ extern const Kernels scalar_kernels;
 extern const Kernels avx512_bf16_kernels;
 extern const Kernels avx512_kernels;
 extern const Kernels avx2_kernels;
+#elif defined(__aarch64__)
+extern const Kernels neon_kernels;
 #endif
 
 namespace {
@@ -47,6 +49,8 @@ Candidates candidates() {
            {&avx2_kernels, avx2},
            {&scalar_kernels, true}},
           4};
+#elif defined(__aarch64__)
+  return {{{&neon_kernels, true}, {&scalar_kernels, true}}, 2};
 #else
   return {{{&scalar_kernels, true}}, 1};
 #endif

@@ -21,8 +21,7 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 // Keys (or dims) per micro-kernel call: enough accumulators to hide the FMA latency, few enough
 // to stay in registers beside the row vectors and one broadcast.
 template <int kVecs>
-constexpr int kGroup =
-    kVecs * 8 + kVecs + 1 <= (kLanes == 16 ? 32 : 16) ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
+constexpr int kGroup = kVecs * 8 + kVecs + 1 <= kRegisters ? 8 : (kVecs > 3 || kLanes < 16 ? 6 : 8);
 
 // Panels of a chunk with limits: half a tile where a panel is all of it, so that its first rows
 // need not look at the keys that only the others see.
@@ -30,11 +29,7 @@ constexpr int kLimitedVecs = 2;
 
 // Without fused multiply-add every product is rounded too; sums over few dims at a time keep the
 // error near that of a fused one.
-#if defined(__FMA__)
-constexpr int kScoreDims = kMaxHeadDim;
-#else
-constexpr int kScoreDims = 8;
-#endif
+constexpr int kScoreDims = kHasFma ? kMaxHeadDim : 8;
 
 template <int kKeys, int kVecs>
 SPARSE_ATTN_KERNEL void score(const float* __restrict q, const char* const* k, int head_dim,

@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(SPARSE_ATTN_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "../core/types.h"
@@ -23,12 +25,24 @@ namespace sparse_attn::cpu::SPARSE_ATTN_ISA {
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 constexpr int kPanelVecs = 4;  // row vectors that one pass of a micro-kernel keeps in registers
+constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kPanelVecs = 2;
+constexpr int kRegisters = 16;
+#elif defined(SPARSE_ATTN_NEON)
+constexpr int kLanes = 4;
+constexpr int kPanelVecs = 4;
+constexpr int kRegisters = 32;
 #else
 constexpr int kLanes = 4;
 constexpr int kPanelVecs = 2;
+constexpr int kRegisters = 16;
+#endif
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
 #endif
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16Dot = true;
@@ -82,6 +96,8 @@ SPARSE_ATTN_INLINE Vec max(Vec a, Vec b) {
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(SPARSE_ATTN_NEON)
+  return vmaxq_f32(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -90,13 +106,10 @@ SPARSE_ATTN_INLINE Vec max(Vec a, Vec b) {
 // a * b + c, rounded once: logits of 1e4 would lose the digits that matter to the product's
 // rounding.
 SPARSE_ATTN_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
-#if defined(__FMA__)
-  return a * b + c;
-#else
+  if constexpr (kHasFma) return a * b + c;
   typedef double Wide __attribute__((vector_size(kLanes * 8)));
   const Wide product = __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide);
   return __builtin_convertvector(product + __builtin_convertvector(c, Wide), Vec);
-#endif
 }
 
 // Holds x in a register: else the compiler may read memory again at each of its uses, and loads,
@@ -109,6 +122,8 @@ SPARSE_ATTN_INLINE void keep(T& x) {
   asm("" : "+v"(x));
 #elif defined(__AVX2__)
   asm("" : "+x"(x));
+#elif defined(SPARSE_ATTN_NEON)
+  asm("" : "+w"(x));
 #else
   (void)x;
 #endif
@@ -226,6 +241,9 @@ SPARSE_ATTN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX2__)
   const Vec floor = (Vec)_mm256_floor_ps((__m256)t);
   const IntVec n = (IntVec)_mm256_cvtps_epi32((__m256)floor);
+#elif defined(SPARSE_ATTN_NEON)
+  const Vec floor = vrndmq_f32(t);
+  const IntVec n = vcvtq_s32_f32(floor);
 #else
   IntVec n = __builtin_convertvector(t, IntVec);
   n += __builtin_convertvector(n, Vec) > t;  // true is -1
@@ -282,6 +300,8 @@ SPARSE_ATTN_INLINE Vec widen_fp16(HalfVec x) {
   return (Vec)_mm512_cvtph_ps((__m256i)x);
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps((__m128i)x);
+#elif defined(SPARSE_ATTN_NEON)
+  return vcvt_f32_f16(bits_as<float16x4_t>(x));
 #else
   const UintVec u = __builtin_convertvector(x, UintVec);
   const UintVec magnitude = (u & 0x7fffu) << 13;
@@ -306,6 +326,8 @@ SPARSE_ATTN_INLINE HalfVec narrow_fp16(Vec x) {
   return (HalfVec)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__AVX2__)
   return (HalfVec)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(SPARSE_ATTN_NEON)
+  return bits_as<HalfVec>(vcvt_f16_f32(x));
 #else
   const UintVec u = bits_as<UintVec>(x);
   const UintVec sign = (u >> 16) & 0x8000u;
