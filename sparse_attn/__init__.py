@@ -14,6 +14,7 @@ from sparse_attn.attention import (
 from sparse_attn.backends import UnsupportedError
 from sparse_attn.centroid_attention import centroid_attention
 from sparse_attn.explain import Explanation, explain
+from sparse_attn.heads import HeadPlan, PlannedHead
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import (
     Adaptive,
@@ -62,6 +63,7 @@ __all__ = [
     "FlexPrefill",
     "GatedBlocks",
     "HeadKind",
+    "HeadPlan",
     "HiP",
     "HiPStage",
     "HiPState",
@@ -69,6 +71,7 @@ __all__ = [
     "Pattern",
     "PatternState",
     "PerHead",
+    "PlannedHead",
     "Quest",
     "QuestState",
     "SlidingWindow",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``python -m sparse_attn demo`` and ``... bench``."""
+"""Command line: ``python -m sparse_attn`` and a subcommand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from sparse_attn import bench, demo
+from sparse_attn.heads import command as heads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     demo.add_command(commands)
     bench.add_command(commands)
+    heads.add_command(commands)
     arguments = parser.parse_args(argv)
     arguments.command_line = ["python", "-m", "sparse_attn", *(argv or sys.argv[1:])]
     status: int = arguments.run(arguments)
