@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Every aarch64 has NEON. kernels_scalar.cpp stays portable code there, hence a macro of our own.
 #define SPARSE_ATTN_ISA neon
-#define SPARSE_ATTN_NEON \
-  1  // every aarch64 has it; kernels_scalar.cpp stays portable code there too
+#define SPARSE_ATTN_NEON 1
 #include "table.h"
