@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sparse_attn.attention import attention, attention_ranges
 from sparse_attn.index import SparseIndex
+from sparse_attn.integrations._cache_memory import CacheMemory, has_memory
 from sparse_attn.integrations._transformers_mask import MaskInfo, build_mask
 from sparse_attn.patterns import Pattern, SlidingWindow
 
@@ -119,6 +120,14 @@ def _refuse(dropout: float, kwargs: Mapping[str, Any]) -> None:
             raise NotImplementedError(f"{_PREFIX}: argument {name!r} is not supported; {advice}.")
 
 
+def _refuse_to_compile() -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{_PREFIX}: a pattern with a memory cannot be compiled; pass the pattern inside of "
+            "it (state.pattern), or leave the model uncompiled."
+        )
+
+
 def _narrowest(*windows: int | None) -> int | None:
     given = [w for w in windows if w is not None]
     return min(given) if given else None
@@ -141,6 +150,55 @@ def _index_of_dense_mask(mask: Tensor, seqlen_k: int, pattern: PatternLike) -> S
             )
         mask = ~hidden
     return SparseIndex.from_dense_mask(mask)
+
+
+def _index_without(masked: Any, q: Tensor, k: Tensor) -> SparseIndex:
+    """The index of all keys but those that a press of kvpress has masked, per batch and KV head.
+
+    Args:
+        masked: int64 tensors (batch entries, KV heads, keys), as kvpress leaves them on a module.
+        q: [batch, num_heads, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+    """
+    visible = torch.ones(k.shape[0], k.shape[1], 1, k.shape[2], dtype=torch.bool, device=k.device)
+    visible[masked[0], masked[1], 0, masked[2]] = False
+    of_one_row = SparseIndex.from_dense_mask(visible)
+    return SparseIndex.from_lists(  # one tile that holds all rows: they see the same keys
+        seqlen_q=q.shape[2],
+        seqlen_k=k.shape[2],
+        block_m=-(-q.shape[2] // 16) * 16,
+        block_n=of_one_row.block_n,
+        block_indptr=of_one_row.block_indptr,
+        block_indices=of_one_row.block_indices,
+        column_indptr=of_one_row.column_indptr,
+        column_indices=of_one_row.column_indices,
+    )
+
+
+def _without_masked_keys(
+    module: Any, q: Tensor, k: Tensor, mask: MaskInfo | None, pattern: PatternLike
+) -> PatternLike:
+    """`pattern`, or what stands for it where kvpress hides keys of single heads.
+
+    kvpress puts keys of its own in their place, of a norm of 1e5, and only if it was imported after
+    this module's function was registered. Such a key has no weight, but it spoils every pooled
+    score; so the keys are left out by their positions, whether they were replaced or not.
+    """
+    masked = getattr(module, "masked_key_indices", None)
+    if masked is None or q.shape[2] == k.shape[2]:  # prefill starts anew, as in kvpress
+        return pattern
+    if not _is_dense(pattern):
+        raise NotImplementedError(
+            f"{_PREFIX}: a kvpress press that masks keys of single heads together with a sparse "
+            "pattern is not supported; pass sparse_pattern='dense' for passes over its cache, or "
+            "use a press that removes keys from the cache."
+        )
+    if mask is not None and (mask.seq_ranges is not None or mask.keys_used != mask.seqlen_k):
+        raise NotImplementedError(
+            f"{_PREFIX}: a kvpress press that masks keys of single heads works without padding and "
+            "with a dynamic cache only; run the sequences of the batch one by one."
+        )
+    return _index_without(masked, q, k)
 
 
 def _causal_without_mask(module: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -169,8 +227,34 @@ def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
-def _attention_function(pattern: PatternChoice, decode: PatternChoice) -> Callable[..., Any]:
+class _Plan:
+    """What the user asked for: a choice for long passes and one for decoding, layer by layer."""
+
+    def __init__(self, pattern: PatternChoice, decode: PatternChoice) -> None:
+        self._choices = (pattern, decode)
+        self._with_memory: dict[tuple[int, int | None], PatternLike] = {}
+
+    def of_layer(self, seqlen_q: int, layer_idx: int | None) -> PatternLike:
+        """The choice for a pass of `seqlen_q` rows."""
+        which = int(seqlen_q <= DECODE_MAX_ROWS)
+        known = self._with_memory.get((which, layer_idx))
+        if known is not None:
+            return known
+        chosen = _pattern_of_layer(self._choices[which], layer_idx)
+        if has_memory(chosen):  # a function may make a new one at each call: the first one counts
+            self._with_memory[which, layer_idx] = chosen
+        return chosen
+
+    def remembers(self, layer_idx: int | None) -> bool:
+        """Whether either choice of this layer has a memory."""
+        return any(has_memory(self.of_layer(n, layer_idx)) for n in (1, DECODE_MAX_ROWS + 1))
+
+
+def _attention_function(
+    pattern: PatternChoice, decode: PatternChoice, memory: CacheMemory
+) -> Callable[..., Any]:
     """The function that transformers' attention layers call."""
+    plan = _Plan(pattern, decode)
 
     def sparse_attention_forward(
         module: torch.nn.Module,
@@ -187,10 +271,17 @@ def _attention_function(pattern: PatternChoice, decode: PatternChoice) -> Callab
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         _refuse(dropout, kwargs)
-        choice = pattern if query.shape[2] > DECODE_MAX_ROWS else decode
+        layer_idx = getattr(module, "layer_idx", None)
         if sparse_pattern is not None:
-            choice = sparse_pattern
-        chosen = _pattern_of_layer(choice, getattr(module, "layer_idx", None))
+            chosen = _pattern_of_layer(sparse_pattern, layer_idx)
+        else:
+            chosen = plan.of_layer(query.shape[2], layer_idx)
+        template = chosen if has_memory(chosen) else None
+        if template is not None or plan.remembers(layer_idx):
+            _refuse_to_compile()
+            memory.watch(module)
+        if template is not None:
+            chosen = memory.take(module, template)
         numerics: dict[str, Any] = {
             "softmax_scale": scaling,
             "softcap": softcap,
@@ -205,9 +296,12 @@ def _attention_function(pattern: PatternChoice, decode: PatternChoice) -> Callab
         if attention_mask is not None:
             causal = attention_mask.causal
             window = _narrowest(attention_mask.window, sliding_window)
+        chosen = _without_masked_keys(module, query, key, attention_mask, chosen)
         if window is not None and window < key.shape[2]:
             chosen = SlidingWindow(window)
         out = _attend(query, key, value, attention_mask, chosen, causal=causal, **numerics)
+        if template is not None:
+            memory.keep(module, template, chosen, key)
         return out.transpose(1, 2).contiguous(), None
 
     return sparse_attention_forward
@@ -235,6 +329,12 @@ def enable(
     A call can choose for itself: ``model(input_ids, sparse_pattern=...)`` takes the same choices
     and stands above both.
 
+    A pattern with a memory (`HiPState`, `QuestState`, also as one of a head) is a template here:
+    each layer of each cache works with a copy of its own, which lives as long as the cache grows.
+    Where a cache is rearranged (beam search) or cropped, the copy starts anew.
+
+    Two models can have two plans: enable each under a `name` of its own.
+
     Returns:
         A `Handle`; ``disable()`` it, or use it in a ``with`` statement, to take the entries back.
 
@@ -256,7 +356,9 @@ def enable(
             "install it with: pip install transformers"
         ) from error
     handle = Handle(name)
-    function = _attention_function(pattern, decode)
+    memory = CacheMemory()
+    handle._undo.append(memory.forget)
+    function = _attention_function(pattern, decode, memory)
     handle._undo.append(_register(models.AttentionInterface, name, function))
     handle._undo.append(_register(masks.AttentionMaskInterface, name, build_mask))
     return handle
