@@ -263,6 +263,18 @@ class _Plain(AShape):
         return self.state.build(q, k, **options)
 
 
+def test_a_template_that_was_used_before_starts_anew(log: list[tuple[int, int]]) -> None:
+    model, ids, state = tiny("Llama"), tokens(1, 60), Log(Quest(budget=16, page=8))
+    state.build(torch.ones(1, 4, 1, 16), torch.ones(1, 2, 25, 16))
+    with enable(decode=state) as handle:
+        model.set_attn_implementation(handle.name)
+        cache = new_cache(model)
+        step(model, ids[:, :30], cache)
+        log.clear()
+        step(model, ids[:, 30:31], cache)
+    assert log == [(0, 31)] * 2 and state.length == 25
+
+
 def test_disable_removes_every_hook() -> None:
     model = tiny("Llama")
     with enable(decode=QuestState()) as handle:
