@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sparse_attn import bench, demo
+from sparse_attn import bench, demo, tune
 from sparse_attn.heads import command as heads
 
 
@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_command(commands)
     bench.add_command(commands)
     heads.add_command(commands)
+    tune.add_command(commands)
     arguments = parser.parse_args(argv)
     arguments.command_line = ["python", "-m", "sparse_attn", *(argv or sys.argv[1:])]
     status: int = arguments.run(arguments)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from sparse_attn import backends, ops
+from sparse_attn import backends, dispatch, ops
 from sparse_attn.arguments import check_qkv, check_ranges, spans
 from sparse_attn.index import SparseIndex
 from sparse_attn.paged import check_pages, gather_pages
-from sparse_attn.patterns import Pattern, resolve
+from sparse_attn.patterns import Dense, Pattern, resolve
 from sparse_attn.patterns.per_head import same_tiles
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    fallback: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the keys that `pattern` chooses, each head its own.
 
@@ -69,6 +70,10 @@ def attention(
         sinks: float32 [num_heads], a logit per head that takes part in the denominator and has no
             value (attention sinks as in GPT-OSS).
         backend: "auto", or the name of a kernel that must run ("cpu").
+        fallback: whether dense attention may run in place of a pattern that approximates it, where
+            it is faster by the costs of `python -m sparse_attn tune` (or those that ship with the
+            package); `explain` says what would run. Default True, or what the environment's
+            SPARSE_ATTN_FALLBACK=0 says. Static patterns and indexes always run as they are.
 
     Returns:
         out [batch, num_heads, seqlen_q, head_dim_v] in q's dtype; with return_lse also lse
@@ -97,9 +102,9 @@ def attention(
         chosen = resolve(pattern, q.shape[1])  # type: ignore[arg-type]
         band = chosen.band_rows(q, k)
         if band is not None and band < seqlen_q:
-            out, lse = _banded(q, k, v, chosen, band, offset, *numerics)
+            out, lse = _banded(q, k, v, chosen, band, offset, fallback, *numerics)
             return (out, lse) if return_lse else out
-        index = _built(chosen, q, k, causal, softmax_scale, offset)
+        index = _paying(chosen, q, k, causal, softmax_scale, offset, fallback)
     if index.seqlen_q != seqlen_q or index.seqlen_k != seqlen_k:
         raise ValueError(
             f"sparse_attn.attention: the index was built for seqlen_q={index.seqlen_q}, "
@@ -423,18 +428,25 @@ def _run(
 
 
 def _banded(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, rows: int, q_offset: int, *numerics: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    rows: int,
+    q_offset: int,
+    fallback: bool | None,
+    *numerics: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention` a band of query rows at a time, so that only one band's index exists.
 
     The pattern is local to its rows, and `rows` is a multiple of its tile: the result is that of
-    one piece. `numerics` are what `_run` takes after q_offset.
+    one piece, where no band falls back. `numerics` are what `_run` takes after q_offset.
     """
     causal, softmax_scale = numerics[:2]
     outs, lses = [], []
     for first in range(0, q.shape[2], rows):
         band, offset = q[:, :, first : first + rows], q_offset + first
-        index = _built(pattern, band, k, causal, softmax_scale, offset)
+        index = _paying(pattern, band, k, causal, softmax_scale, offset, fallback)
         out, lse = _run("attention", band, k, v, index, None, offset, *numerics)
         outs.append(out)
         lses.append(lse)
@@ -455,6 +467,25 @@ def build_index(
     if _is_block_mask(pattern):
         return SparseIndex.from_block_mask(pattern)
     return _built(resolve(pattern, q.shape[1]), q, k, causal, softmax_scale, q_offset)
+
+
+def _paying(
+    chosen: Pattern,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    q_offset: int,
+    fallback: bool | None,
+) -> SparseIndex:
+    """The index that `chosen` builds, or a dense one where that is faster."""
+    if _is_tracing() or not dispatch.applies(chosen, q, fallback):
+        return _built(chosen, q, k, causal, softmax_scale, q_offset)
+    if not dispatch.before(chosen, q, k, causal, q_offset).dense:
+        index = _built(chosen, q, k, causal, softmax_scale, q_offset)
+        if not dispatch.after(index, q, k, causal, q_offset).dense:
+            return index
+    return _built(Dense(), q, k, causal, softmax_scale, q_offset)
 
 
 def _built(
@@ -513,13 +544,14 @@ def _ranges_index(
         b = slice(s, s + 1) if q.shape[0] > 1 else slice(0, 1)
         rows, keys = slice(q_start, q_start + q_len), slice(k_start, k_start + k_len)
         parts.append(
-            build_index(
+            _paying(
                 chosen.of_sequence(s),
                 q[b, :, rows],
                 k[b, :, keys],
                 causal,
                 softmax_scale,
                 q_offset,
+                None,
             )
         )
     return SparseIndex.stack(same_tiles(parts))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparse_attn import backends
+from sparse_attn import backends, dispatch
 from sparse_attn.attention import attention, build_index
 from sparse_attn.index import Density, HeadKind, SparseIndex
 from sparse_attn.patterns import Dense, resolve
@@ -40,6 +40,9 @@ class Explanation:
         attention_ms: median wall time of the attention over it.
         dense_ms: the same for our dense kernel, from a band of rows scaled to all allowed pairs.
         num_threads: that these times were taken with.
+        runs_dense: whether `attention` with fallback would run dense attention in the pattern's
+            place, in all of its bands; density and times are the pattern's all the same.
+        why: what that follows from.
     """
 
     pattern: str
@@ -51,6 +54,8 @@ class Explanation:
     attention_ms: float
     dense_ms: float
     num_threads: int
+    runs_dense: bool
+    why: str
 
     @property
     def selection_share(self) -> float:
@@ -62,12 +67,22 @@ class Explanation:
         """Time of dense attention over time of this call: above 1, the pattern pays."""
         return self.dense_ms / (self.selection_ms + self.attention_ms)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same as numbers, texts and lists, for json.dumps."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "density"}
+        plain |= {"reasons": list(self.reasons), "kinds": list(self.kinds)}
+        for name in ("element", "tile"):
+            plain[f"{name}_density"] = getattr(self.density, name)
+            plain[f"{name}_density_per_head"] = getattr(self.density, f"{name}_per_head").tolist()
+        return {**plain, "selection_share": self.selection_share, "gain": self.gain}
+
     def __str__(self) -> str:
         verdict = "" if self.gain >= 1.0 else "  <- dense is faster: pass pattern='dense'"
         lines = [
             f"pattern     {self.pattern}",
             f"backend     {self.backend}, {self.num_threads} threads",
             *(f"            not {reason}" for reason in self.reasons),
+            f"runs        {'dense attention' if self.runs_dense else 'the pattern'}: {self.why}",
             f"density     {self.density.element:.1%} of the pairs, "
             f"{self.density.tile:.1%} of the work in tiles",
             f"time        {self.selection_ms:.2f} ms selection ({self.selection_share:.0%}) + "
@@ -94,6 +109,7 @@ def explain(
     softmax_scale: float | None = None,
     q_offset: int | None = None,
     backend: str = "auto",
+    fallback: bool | None = None,
 ) -> Explanation:
     """Builds the index, runs the call a few times, and says what it does and whether it pays.
 
@@ -101,7 +117,8 @@ def explain(
     whole: its time is that of some rows in the middle, scaled to all pairs.
 
     Args:
-        q, k, v, pattern, causal, softmax_scale, q_offset, backend: as in `attention`.
+        q, k, v, pattern, causal, softmax_scale, q_offset, backend, fallback: as in
+            `attention`.
 
     Returns:
         An `Explanation`.
@@ -129,12 +146,13 @@ def explain(
     if not isinstance(pattern, SparseIndex):  # a memory must stay as it is
         pattern = copy.deepcopy(pattern)
     selection = sparse = 0.0
-    parts = []
+    parts, verdicts = [], []
     kinds: tuple[str, ...] = ()
     for first, rows in _bands(pattern, q, k):
         band, at = q[:, :, first : first + rows], offset + first
         build = partial(build_index, pattern, band, k, q_offset=at, **numerics)
         index = build()
+        verdicts.append(_verdict(pattern, index, band, k, causal, at, fallback))
         if index is not pattern:
             selection += _milliseconds(build, q.device)
         run = partial(attention, band, k, v, index, q_offset=at, backend=backend, **numerics)
@@ -154,7 +172,31 @@ def explain(
         attention_ms=sparse,
         dense_ms=_dense_milliseconds(q, k, v, offset, backend, numerics),
         num_threads=torch.get_num_threads(),
+        runs_dense=bool(verdicts) and all(verdict.dense for verdict in verdicts),
+        why=verdicts[-1].why,
     )
+
+
+def _verdict(
+    pattern: PatternLike,
+    index: SparseIndex,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    q_offset: int,
+    fallback: bool | None,
+) -> dispatch.Verdict:
+    """What `attention` would decide about these rows."""
+    if isinstance(pattern, SparseIndex) or hasattr(pattern, "kv_num_blocks"):
+        return dispatch.Verdict(False, "an index runs as it is")
+    chosen = resolve(pattern, q.shape[1])
+    if not chosen.approximates:
+        return dispatch.Verdict(False, "this pattern always runs as asked")
+    if not dispatch.applies(chosen, q, fallback):
+        off = not dispatch.is_on(fallback)
+        return dispatch.Verdict(False, "fallback is off" if off else "decoding runs as asked")
+    early = dispatch.before(chosen, q, k, causal, q_offset)
+    return early if early.dense else dispatch.after(index, q, k, causal, q_offset)
 
 
 def _bands(pattern: PatternLike, q: Tensor, k: Tensor) -> list[tuple[int, int]]:

@@ -12,6 +12,9 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+# A test of a pattern means that pattern, also where dense attention would be faster.
+os.environ.setdefault("SPARSE_ATTN_FALLBACK", "0")
+
 import pytest
 import torch
 from hypothesis import settings

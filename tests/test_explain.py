@@ -97,16 +97,16 @@ def test_the_table_names_what_matters():
     q, k, v = inputs(512)
     text = str(explain(q, k, v, "a_shape"))
     assert "'a_shape'" in text and "backend     cpu" in text and "selection" in text
-    assert len(text.splitlines()) == 6 + 4
+    assert len(text.splitlines()) == 7 + 4
 
 
 def test_the_table_warns_when_dense_is_faster():
     density = AShape(8, 64).build(*inputs(64)[:2]).density()
-    told = sparse_attn.Explanation("p", "cpu", (), density, ("listed",), 5.0, 5.0, 5.0, 1)
+    rest = (1, False, "it was asked for")
+    told = sparse_attn.Explanation("p", "cpu", (), density, ("listed",), 5.0, 5.0, 5.0, *rest)
     assert told.gain == 0.5 and "dense is faster" in str(told)
-    assert "dense is faster" not in str(
-        sparse_attn.Explanation("p", "cpu", (), density, ("listed",), 1.0, 1.0, 5.0, 1)
-    )
+    told = sparse_attn.Explanation("p", "cpu", (), density, ("listed",), 1.0, 1.0, 5.0, *rest)
+    assert "dense is faster" not in str(told)
 
 
 def test_bad_arguments_are_refused_as_by_attention():

@@ -22,7 +22,7 @@ LAYERS = (
     {"env", "errors", "ops"},
     {"convert", "density", "index", "lists", "selection"},
     {"patterns"},
-    {"arguments", "backends", "paged", "attention"},
+    {"arguments", "backends", "dispatch", "paged", "attention"},
 )
 """Modules or subpackages, lowest first; one may import its own layer and those below it.
 

@@ -94,6 +94,7 @@ class Adaptive(Pattern):
     block_m: int = 128
     sink: int = 4
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

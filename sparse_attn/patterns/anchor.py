@@ -67,6 +67,7 @@ class AnchorAttention(Pattern):
     theta: float = 12.0
     sink: int = 128
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -29,10 +29,14 @@ class Pattern(ABC):
             other rows of q. Then a prefill in chunks that are multiples of the tile chooses what
             one in a single call chooses, and a long call may be built and run a band of rows at a
             time.
+        approximates: whether the choice stands for dense attention and is made to save time, so
+            that dense attention may run where it is faster (`sparse_attn.dispatch`). False where
+            the mask is the model's own, or calls must not be left out.
     """
 
     data_dependent: ClassVar[bool] = True
     row_local: ClassVar[bool] = False
+    approximates: ClassVar[bool] = False
 
     @abstractmethod
     def build(

@@ -75,6 +75,7 @@ class BlockSparse(Pattern):
     local_blocks: int = 1
     top_p: float | None = None
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -77,6 +77,7 @@ class FlexPrefill(Pattern):
     max_budget: int | None = None
     block: int = 128
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share("FlexPrefill", "gamma", self.gamma)

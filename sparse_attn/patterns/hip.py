@@ -44,6 +44,7 @@ class HierarchicalPattern(Pattern):
     """
 
     row_local: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     block_m: int
     sink: int
     window: int

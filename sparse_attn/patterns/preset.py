@@ -32,6 +32,7 @@ class Preset(Pattern):
         # An instance knows better than its class.
         object.__setattr__(self, "data_dependent", self.pattern.data_dependent)
         object.__setattr__(self, "row_local", self.pattern.row_local)
+        object.__setattr__(self, "approximates", self.pattern.approximates)
 
     def band_rows(self, q: Tensor, k: Tensor) -> int | None:
         """See `Pattern.band_rows`."""

@@ -61,6 +61,7 @@ class SpargeAttention(Pattern):
     sink_blocks: int = 0
     local_blocks: int = 2
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -86,6 +86,7 @@ class VerticalSlash(Pattern):
     chunk: int | None = None
     exact: bool = False
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_int("VerticalSlash", "vertical", self.vertical, 0)

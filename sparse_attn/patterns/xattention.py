@@ -59,6 +59,7 @@ class XAttention(Pattern):
     sink_blocks: int = 1
     local_blocks: int = 1
     data_dependent: ClassVar[bool] = True
+    approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
