@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from sparse_attn import ops
 from sparse_attn.__main__ import main
 from sparse_attn.bench import machine, peers, report, runner, suites, timing
 from sparse_attn.bench.cases import Case, Choice, Keys, Problem
+
+REPO = Path(__file__).resolve().parents[1]
 
 # --- timing ---------------------------------------------------------------------------------------
 
@@ -298,10 +301,23 @@ def test_markdown(
     document, file = small_run
     assert main(["bench", "--table", str(file)]) == 0
     text = capsys.readouterr().out
+    assert main(["bench", "--table", str(file), str(file)]) == 0
+    assert capsys.readouterr().out == f"{text}\n{text}"
     rows = [line for line in text.splitlines() if line.startswith(("| sparse", "| torch"))]
     assert len(rows) == len(document["records"])
     assert {row.count("|") for row in rows} == {9}
     assert f"`{document['command']}`" in text
+
+
+def test_the_tables_in_the_docs_are_those_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (REPO / "docs" / "cpu_speed.md").read_text()
+    tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(tables) == 4
+    for file, text in tables:
+        assert main(["bench", "--table", str(REPO / file)]) == 0
+        assert capsys.readouterr().out == text, file
 
 
 def test_plots(small_run: tuple[dict[str, Any], Path], tmp_path: Path) -> None:

@@ -74,7 +74,12 @@ def add_command(commands: Any) -> None:
     output = parser.add_argument_group("results")
     output.add_argument("--json", help="file to write")
     output.add_argument("--plot", help="folder for plots against density (needs matplotlib)")
-    output.add_argument("--table", help="print the Markdown table of a --json file, run nothing")
+    output.add_argument(
+        "--table",
+        nargs="+",
+        metavar="FILE",
+        help="run nothing: print the Markdown tables of --json files, and plot them with --plot",
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -135,7 +140,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def run(arguments: argparse.Namespace) -> int:
     """The subcommand; returns the exit status."""
     if arguments.table:
-        print(report.markdown(json.loads(Path(arguments.table).read_text())))
+        documents = [json.loads(Path(file).read_text()) for file in arguments.table]
+        print("\n\n".join(map(report.markdown, documents)))
+        for document in documents if arguments.plot else ():
+            report.plot(document, Path(arguments.plot))
         return 0
     threads = torch.get_num_threads()
     try:

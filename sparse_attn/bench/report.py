@@ -197,7 +197,7 @@ def plot(document: Document, folder: Path) -> list[Path]:
         figure.legend(handles, labels, loc="outside right center", fontsize="small")
         figure.suptitle(group)
         path = folder / (re.sub(r"[^a-z0-9]+", "-", group.lower()).strip("-") + ".png")
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=90)
         pyplot.close(figure)
         files.append(path)
     return files
