@@ -12,6 +12,7 @@ from sparse_attn.attention import (
     merge_states,
 )
 from sparse_attn.backends import UnsupportedError
+from sparse_attn.calibration import calibrate
 from sparse_attn.centroid_attention import centroid_attention
 from sparse_attn.explain import Explanation, explain
 from sparse_attn.heads import HeadPlan, PlannedHead
@@ -88,6 +89,7 @@ __all__ = [
     "attention_stages",
     "attention_varlen",
     "block_scores_index",
+    "calibrate",
     "calibrate_threshold",
     "centroid_attention",
     "dual_chunk_attention",

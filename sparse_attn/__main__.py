@@ -7,8 +7,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sparse_attn import bench, demo, tune
+from sparse_attn import bench, demo, env, tune
+from sparse_attn.calibration import command as calibration
 from sparse_attn.heads import command as heads
+
+
+def print_environment(arguments: argparse.Namespace) -> int:
+    """The subcommand ``env``; returns the exit status."""
+    print(env.text())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_command(commands)
     heads.add_command(commands)
     tune.add_command(commands)
+    calibration.add_command(commands)
+    parser_of_env = commands.add_parser(
+        "env", help="print what a bug report needs to know of this installation"
+    )
+    parser_of_env.set_defaults(run=print_environment)
     arguments = parser.parse_args(argv)
     arguments.command_line = ["python", "-m", "sparse_attn", *(argv or sys.argv[1:])]
     status: int = arguments.run(arguments)

@@ -363,6 +363,20 @@ class SparseIndex:
             f"device={str(self.device)!r})"
         )
 
+    def __str__(self) -> str:
+        return self.draw()
+
+    def draw(self, *, causal: bool = True, q_offset: int | None = None) -> str:
+        """The index in characters, as `print` shows it: `drawing.text`.
+
+        Args:
+            causal: whether keys after a row's own are hidden, as `attention` hides them.
+            q_offset: position of row 0, default seqlen_k - seqlen_q.
+        """
+        from . import drawing
+
+        return drawing.text(self, causal=causal, q_offset=q_offset)
+
     def op_args(self) -> OpArgs:
         """The index as the native ops take it, in the order of their schemas."""
         return (

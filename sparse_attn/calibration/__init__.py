@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: a head plan from a model's own heads on a text; docs/head_plans.md."""
+
+from sparse_attn.calibration.calibrate import Calibration, calibrate, calibration
+from sparse_attn.calibration.choose import Trial, choose
+from sparse_attn.calibration.measure import default_candidates
+
+__all__ = ["Calibration", "Trial", "calibrate", "calibration", "choose", "default_candidates"]
