@@ -28,7 +28,8 @@ def row_keys(index: SparseIndex, batch: int, head: int, row: int, q_offset: int)
         return torch.ones(index.seqlen_k, dtype=torch.bool)
     if kind == HeadKind.STREAMING:
         near: Tensor = (row + q_offset - key).abs() < window
-        return (key < sink) | near
+        near |= key < sink
+        return near
     # Room for a last block that runs past the end, cut off below.
     seen = torch.zeros(index.seqlen_k + index.block_n, dtype=torch.bool)
     tile, within = divmod(row, index.block_m)
