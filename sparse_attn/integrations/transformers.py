@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -27,6 +25,7 @@ from torch import Tensor
 from sparse_attn.attention import attention, attention_ranges
 from sparse_attn.index import SparseIndex
 from sparse_attn.integrations._cache_memory import CacheMemory, has_memory
+from sparse_attn.integrations._handle import Handle
 from sparse_attn.integrations._transformers_mask import MaskInfo, build_mask
 from sparse_attn.patterns import Pattern, SlidingWindow
 
@@ -42,37 +41,6 @@ PatternChoice: TypeAlias = (
 
 #: Passes with at most this many query rows count as decoding (one token, or a few speculated ones).
 DECODE_MAX_ROWS = 16
-
-
-@dataclass
-class Handle:
-    """A registration that can be taken back; also a context manager.
-
-    Attributes:
-        name: what to pass to ``model.set_attn_implementation``.
-    """
-
-    name: str
-    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    def disable(self) -> None:
-        """Put both registries back as they were; a second call does nothing.
-
-        A model that still uses the name fails at its next call: give it another implementation.
-        """
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> Handle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.disable()
 
 
 def _register(interface: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
