@@ -243,16 +243,16 @@ def test_call_overrides_and_decode_is_dense(dense: Any) -> None:
 
 def test_sliding_layers_keep_their_window() -> None:
     """The pattern is for layers that see everything; a window of the model's own is exact."""
-    model = model_for("Gemma3Text", SLIDING | {"query_pre_attn_scalar": 16})
-    model.config.layer_types = ["sliding_attention"] * 2
+    model = model_for("Mistral", {"sliding_window": 8})
     ids = tokens(1, 40)
     with enable(pattern=AShape(sink=4, window=3)) as handle:
-        ours = logits(model, handle.name, ids, sparse_pattern={1: "dense"})
-        narrowed = logits(model, handle.name, ids)
-    theirs = logits(model, "sdpa", ids)
-    assert model.model.layers[0].self_attn.sliding_window == 8
-    assert_same(ours, theirs)
-    assert narrowed.shape == theirs.shape
+        assert_same(logits(model, handle.name, ids), logits(model, "sdpa", ids))
+    mixed = model_for("Gemma3Text", SLIDING | {"query_pre_attn_scalar": 16})
+    theirs = logits(mixed, "sdpa", ids)
+    with enable(pattern={1: AShape(sink=4, window=3)}) as handle:
+        assert (logits(mixed, handle.name, ids) - theirs).abs().max() > 0.1
+    with enable(pattern={0: AShape(sink=4, window=3)}) as handle:  # layer 0 is the sliding one
+        assert_same(logits(mixed, handle.name, ids), theirs)
 
 
 def test_bidirectional_model(dense: Any) -> None:
@@ -391,6 +391,19 @@ class TestMaskInfo:
         ones = torch.ones(2, 20, dtype=torch.bool)
         assert build_mask(2, 20, 20, attention_mask=ones) is None
         assert build_mask(2, 4, 20, q_offset=16) is None
+
+    def test_positions_as_the_first_releases_pass_them(self) -> None:
+        """transformers 5.0 gives cache_position where later releases give q_length and q_offset."""
+        old, new = {"cache_position": torch.arange(12, 20)}, {"q_length": 8, "q_offset": 12}
+        assert build_mask(2, kv_length=20, **old) is None
+        mask = torch.ones(2, 64, dtype=torch.bool)
+        mask[0, :3] = False
+        a, b = (build_mask(2, kv_length=64, attention_mask=mask, **how) for how in (old, new))
+        assert a is not None and b is not None
+        assert a.seq_ranges is not None and b.seq_ranges is not None
+        assert torch.equal(a.seq_ranges, b.seq_ranges)
+        for name in ("seqlen_q", "keys_used", "q_offset", "causal", "window"):
+            assert getattr(a, name) == getattr(b, name)
 
     def test_padding_becomes_ranges(self) -> None:
         mask = torch.ones(2, 20, dtype=torch.bool)

@@ -6,7 +6,7 @@ hands the composition to the mask function of the attention implementation. `bui
 composition apart again; whatever it does not know it refuses, because a mask that is ignored is a
 wrong answer that nobody notices.
 
-Source: ``transformers.masking_utils`` (checked with 5.23).
+Source: ``transformers.masking_utils`` (checked with 5.0 and 5.23).
 """
 
 from __future__ import annotations
@@ -209,12 +209,13 @@ def _visible(attention_mask: Tensor, kv_offset: int, keys: int) -> Tensor:
 
 def build_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int = 0,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | MaskInfo | None = None,
+    cache_position: Tensor | None = None,
     **hints: Any,
 ) -> MaskInfo | None:
     """Mask function for transformers' AttentionMaskInterface.
@@ -227,6 +228,8 @@ def build_mask(
         kv_offset: absolute position of key 0 (sliding caches drop old keys).
         mask_function: transformers' composed mask function; None means causal.
         attention_mask: bool [batch, seen tokens] padding mask, or a `MaskInfo` made earlier.
+        cache_position: int64 [q_length], the positions of the query rows: how the first releases of
+            transformers 5 say what q_length and q_offset say since.
         hints: what else transformers passes; only a trace needs some of it.
 
     Returns:
@@ -238,6 +241,8 @@ def build_mask(
     """
     if isinstance(attention_mask, MaskInfo):
         return attention_mask
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
     rule = _rule_of(mask_function, hints)
     _check_rule(rule, kv_offset + kv_length)
 
