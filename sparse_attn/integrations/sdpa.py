@@ -101,6 +101,29 @@ class Router:
         out, lse = attention(q, k, v, pattern, return_lse=True, **options)
         return out, lse
 
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """`torch.nn.functional.scaled_dot_product_attention`, by the pattern or by torch."""
+        tensors = (query, key, value)
+        reason = self.reason_for_torch(*tensors, attn_mask, dropout_p, is_causal)
+        if reason is None and not enable_gqa and query.shape[1] != key.shape[1]:
+            reason = "dtypes or heads that differ"  # an error, and torch's to raise
+        if reason is None:
+            return self.run(*tensors, is_causal, scale)[0]
+        self.calls[reason] += 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
 
 @dataclass
 class SdpaHandle(Handle):
