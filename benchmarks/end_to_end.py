@@ -44,6 +44,7 @@ WARM_UP_TOKENS = 64
 METHODS: dict[str, Pattern | None] = {
     "sdpa": None,
     "dense": Dense(),
+    "adaptive 0.9": Adaptive(recall=0.9),
     "adaptive 0.95": Adaptive(recall=0.95),
     "adaptive 0.98": Adaptive(recall=0.98),
     "adaptive 0.99": Adaptive(recall=0.99),

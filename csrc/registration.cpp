@@ -29,7 +29,7 @@ void check_index_cpu(const Tensor, const Tensor, const Tensor, const OptionalTen
                      int64_t, int64_t, int64_t, int64_t);
 std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_lists_cpu(const Tensor, const Tensor, double,
                                                               double, int64_t, int64_t, int64_t,
-                                                              bool, double);
+                                                              int64_t, bool, double);
 std::tuple<Tensor, Tensor> window_scores_cpu(const Tensor, const Tensor, int64_t, int64_t, int64_t,
                                              bool, double, bool);
 Tensor top_k_cpu(const Tensor, int64_t);
@@ -88,7 +88,7 @@ std::string cpu_capability();
 STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks, Tensor? block_table=None) -> (Tensor out, Tensor lse)");
   m.def("attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
-  m.def("adaptive_lists(Tensor q, Tensor k, float mass, float guard, int block_m, int sink, SymInt q_offset, bool causal, float softmax_scale) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
+  m.def("adaptive_lists(Tensor q, Tensor k, float mass, float guard, int block_m, int sink, int window, SymInt q_offset, bool causal, float softmax_scale) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
   m.def("check_index(" INDEX_ARGS ", int seqlen_q, int seqlen_k) -> ()");
   m.def("window_scores(Tensor q, Tensor k, SymInt last_q, SymInt num_distances, SymInt q_offset, bool causal, float softmax_scale, bool maximum) -> (Tensor columns, Tensor diagonals)");
   m.def("top_k(Tensor scores, SymInt k) -> Tensor");

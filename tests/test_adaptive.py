@@ -16,7 +16,7 @@ from sparse_attn.patterns.adaptive import adaptive_lists
 # ------------------------------------------------------------------------------ the rule
 
 
-def rule(q, k, *, mass, guard, block_m, sink, q_offset, causal, softmax_scale):
+def rule(q, k, *, mass, guard, block_m, sink, window, q_offset, causal, softmax_scale):
     """The kept keys of every tile as the class states them, one key at a time.
 
     Integers of q and k make S . k exact in float32; the two roundings that the rule names (the
@@ -33,15 +33,16 @@ def rule(q, k, *, mass, guard, block_m, sink, q_offset, causal, softmax_scale):
                 total_row = [sum(row[d] for row in rows) for d in range(dim)]
                 last = first + len(rows) - 1 + q_offset
                 limit = min(max(last + 1, 0), seqlen_k) if causal else seqlen_k
-                middle = len(rows) // 2
                 x = scores(
                     total_row, keys[:limit], 4 * math.log2(math.e) * softmax_scale / len(rows)
                 )
-                row = scores(rows[middle], keys[:limit], 4 * math.log2(math.e) * softmax_scale)
-                if causal:
-                    row = row[: max(first + middle + q_offset + 1, 0)]
-                own = range(first + q_offset, last + 1)
-                kept[b, h, tile] = keep(x, row, mass, guard, sink, own)
+                checks = []
+                for at in (len(rows) // 4, 3 * len(rows) // 4):
+                    row = scores(rows[at], keys[:limit], 4 * math.log2(math.e) * softmax_scale)
+                    seen = max(first + at + q_offset + 1, 0) if causal else limit
+                    checks.append(row[:seen])
+                near = range(first + q_offset - window, last + 1)
+                kept[b, h, tile] = keep(x, checks, mass, guard, sink, near)
     return kept
 
 
@@ -60,27 +61,32 @@ def levels_of(x):
     return [125 if np.isnan(gap) or gap >= 125 else int(math.floor(gap)) for gap in gaps]
 
 
-def keep(x, row, mass, guard, sink, own):
+def keep(x, rows, mass, guard, sink, near):
     """The kept keys of one tile, ascending."""
     weights = [round(2 ** (31 - level / 4)) for level in range(125)] + [0]
     everything = set(range(len(x)))
-    levels, row_levels = levels_of(x), levels_of(row)
+    levels = levels_of(x)
     if levels is None:
         return sorted(everything)
     weight = [weights[level] for level in levels]
-    check = [weights[level] for level in row_levels or []]
-    check += [0] * (len(x) - len(check))
-    target, check_target = math.ceil(mass * sum(weight)), math.ceil(guard * sum(check))
-    chosen = {j for j in everything if j < sink or j in own}
-    total, check_total = sum(weight[j] for j in chosen), sum(check[j] for j in chosen)
+    checks = []
+    for row in rows:
+        check = [weights[level] for level in levels_of(row) or []]
+        checks.append(check + [0] * (len(x) - len(check)))
+    chosen = {j for j in everything if j < sink or j in near}
+    others = sorted(everything - chosen, key=lambda j: (levels[j], j))
+    target = math.ceil(mass * sum(weight[j] for j in others))
+    check_targets = [math.ceil(guard * sum(check[j] for j in others)) for check in checks]
+    total, check_totals = 0, [0] * len(checks)
     entered, too_little = -1, False
-    for j in sorted(everything - chosen, key=lambda j: (levels[j], j)):
+    for j in others:
         if levels[j] != entered:
-            entered, too_little = levels[j], check_total < check_target
+            entered = levels[j]
+            too_little = any(t < g for t, g in zip(check_totals, check_targets, strict=True))
         if too_little or total < target:
             chosen.add(j)
             total += weight[j]
-            check_total += check[j]
+            check_totals = [t + check[j] for t, check in zip(check_totals, checks, strict=True)]
     return sorted(chosen)
 
 
@@ -136,6 +142,7 @@ def random_case(seed):
         "guard": float(draw.choice([0.0, 0.5, 0.9, 0.99, 1.0])),
         "block_m": int(draw.choice([1, 16, 48, 64, 128])) if seqlen_q < 60 else 64,
         "sink": int(draw.choice([0, 1, 4, 40])),
+        "window": int(draw.choice([0, 3, 16, 100])),
         "q_offset": seqlen_k - seqlen_q if seed % 5 else int(draw.integers(-30, 60)),
         "causal": bool(seed % 7),
         "softmax_scale": float(draw.choice([0.35, 1.0, -0.2, 0.01])),
@@ -164,7 +171,7 @@ def test_lists_follow_the_rule_exactly(part):
 def test_lists_without_forced_keys_and_without_guard():
     for seed in range(20):
         q, k, arguments = random_case(seed)
-        arguments |= {"sink": 0, "q_offset": k.shape[2] + 5, "guard": 0.0, "mass": 0.6}
+        arguments |= {"sink": 0, "window": 0, "q_offset": k.shape[2] + 5, "guard": 0.0, "mass": 0.6}
         found = lists_of(ops.adaptive_lists(q, k, **arguments), q.shape)
         assert found == expected(q, k, arguments), (seed, arguments)
 
@@ -201,13 +208,13 @@ def test_scores_that_are_no_numbers(bad):
 
 
 def test_example_by_hand():
-    # One row, scale ln 2: probabilities 8, 4, 2, 1 over 15 of keys 0 to 3; the row is key 3.
+    # One row, scale ln 2: keys 0 to 3 weigh 8, 4, 2, 1; the row is key 3, which does not count.
     q = torch.zeros(1, 1, 1, 8)
     q[..., 0] = 1
     k = torch.zeros(1, 1, 4, 8)
     k[0, 0, :, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    numbers = {"block_m": 1, "sink": 0, "q_offset": 3, "causal": True}
-    wanted = {0.5: [0, 3], 0.61: [0, 1, 3], 0.86: [0, 1, 3], 0.9: [0, 1, 2, 3]}
+    numbers = {"block_m": 1, "sink": 0, "window": 0, "q_offset": 3, "causal": True}
+    wanted = {0.5: [0, 3], 0.61: [0, 1, 3], 0.85: [0, 1, 3], 0.86: [0, 1, 2, 3]}
     # One row is its own check: a guard alone chooses the same.
     both = [(mass, 0.0) for mass in wanted] + [(0.0, guard) for guard in wanted]
     for mass, guard in both:
@@ -224,11 +231,51 @@ def test_rows_that_disagree_widen_their_tile():
     q = (64 * torch.eye(64) - 1)[None, None]
     k = torch.zeros(1, 1, 4096, 64)
     k[0, 0, 7 : 7 + 64 * 50 : 50] = torch.eye(64)
-    numbers = {"block_m": 64, "sink": 4, "q_offset": 4032, "causal": True, "softmax_scale": 1.0}
+    numbers = {
+        "block_m": 64,
+        "sink": 4,
+        "window": 0,
+        "q_offset": 4032,
+        "causal": True,
+        "softmax_scale": 1.0,
+    }
     for guard, kept in ((0.0, 0.12), (0.9, 1.0)):
         counts = ops.adaptive_lists(q, k, mass=0.1, guard=guard, **numbers)
         keys = 16 * int(counts[0].sum()) + int(counts[2].sum())
         assert abs(keys / 4096 - kept) < 0.02
+
+
+def test_what_the_sink_holds_counts_for_nothing():
+    # Key 0 holds nearly all; of the rest keys 100 and 101 weigh 8 and 1.
+    q = torch.zeros(1, 1, 1, 8)
+    q[..., 0] = 1
+    k = torch.full((1, 1, 400, 8), -40.0)
+    k[0, 0, [0, 100, 101], 0] = torch.tensor([20.0, 3.0, 0.0])
+    numbers = {"block_m": 1, "sink": 1, "window": 8, "q_offset": 399, "causal": True}
+    for mass, far in ((0.0, []), (0.8, [100]), (0.95, [100, 101])):
+        result = ops.adaptive_lists(
+            q, k, mass=mass, guard=0.0, softmax_scale=math.log(2), **numbers
+        )
+        blocks, columns = lists_of(result, q.shape)[0, 0, 0]
+        assert blocks == [] and columns == [0, *far, *range(391, 400)]
+
+
+@pytest.mark.parametrize("at", [16, 48])
+def test_either_checking_row_is_served(at):
+    # One row alone looks at key 300; the mean of its tile of 64 looks at key 10.
+    q = torch.zeros(1, 1, 64, 8)
+    q[..., 0] = 8
+    q[0, 0, at] = torch.tensor([0.0, 30, 0, 0, 0, 0, 0, 0])
+    k = torch.zeros(1, 1, 1064, 8)
+    k[0, 0, 10, 0], k[0, 0, 300, 1] = 4, 0.5
+    numbers = {"block_m": 64, "sink": 1, "window": 8, "q_offset": 1000, "causal": True}
+    numbers |= {"mass": 0.5, "softmax_scale": 1.0}
+    for guard, kept in ((0.0, False), (0.9, True)):
+        result = ops.adaptive_lists(q, k, guard=guard, **numbers)
+        blocks, columns = lists_of(result, q.shape)[0, 0, 0]
+        assert (300 in columns or 288 in blocks) == kept and 10 in columns + [
+            b + 10 for b in blocks
+        ]
 
 
 # ------------------------------------------------------------------------------ the contract
@@ -258,6 +305,7 @@ def test_lists_are_valid_and_hold_what_is_forced():
     mask = index.to_dense_mask()
     rows = torch.arange(700)
     assert mask[..., rows, rows].all() and mask[..., :5].all()
+    assert mask[..., rows[128:], rows[:-128]].all()  # the window
 
 
 def test_threads_and_runs_agree():
@@ -362,6 +410,8 @@ def test_recall_is_what_was_asked_for_on_random_heads():
         ({"recall": math.nan}, ValueError, r"recall=nan is outside \(0, 1\]"),
         ({"block_m": 20}, ValueError, "block_m=20 is neither 1 nor a multiple of 16"),
         ({"sink": -1}, ValueError, "sink=-1 is below 0"),
+        ({"window": -1}, ValueError, "window=-1 is below 0"),
+        ({"window": 1.0}, TypeError, "window=1.0 is a float"),
     ],
 )
 def test_wrong_arguments(arguments, error, text):
@@ -377,6 +427,7 @@ def test_operator_refuses_what_it_cannot_read():
         ("guard", -0.1),
         ("block_m", 0),
         ("sink", -1),
+        ("window", -1),
         ("q_offset", 1 << 40),
     ):
         with pytest.raises(RuntimeError, match=name):

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Work is dealt in groups of tiles (of any head) that read one KV head, so that keys are read once
-// for all of them. A tile has two probes: the sum of its query rows, which ranks the keys, and its
-// middle row, which checks the choice. Per group: products of probes and keys [keys][probes] in
-// float32, levels [keys][probes] in bytes, a histogram of the levels per probe, and the middle
-// row's mass per level of the sum; then each tile's last level, and one pass over the levels that
+// for all of them. A tile has three probes: the sum of its query rows, which ranks the keys, and
+// two of its rows, which check the choice. Per group: products of probes and keys [keys][probes] in
+// float32, levels [keys][probes] in bytes, a histogram of the levels per probe, and the checking
+// rows' mass per level of the sum; then each tile's last level, and one pass over the levels that
 // writes lists.
 #include "adaptive.h"
 
@@ -18,10 +18,12 @@
 namespace sparse_attn::cpu {
 namespace {
 
-constexpr int64_t kMaxScoreBytes = 8 << 20;  // of one group; longer keys make smaller groups
-constexpr int kRowStep = 16;                 // probes come in multiples of it
-constexpr int kMaxTiles = kTileRows / 2;     // tiles of a group
-constexpr int kSolid = 12;                   // chosen keys that make a granule a block
+constexpr int64_t kMaxScoreBytes = 8 << 20;     // of one group; longer keys make smaller groups
+constexpr int kRowStep = 16;                    // probes come in multiples of it
+constexpr int kChecks = 2;                      // rows of a tile that check its choice
+constexpr int kProbes = 1 + kChecks;            // of a tile
+constexpr int kMaxTiles = kTileRows / kProbes;  // tiles of a group
+constexpr int kSolid = 12;                      // chosen keys that make a granule a block
 constexpr uint64_t kHighBits = 0x8080808080808080u;
 
 // A quarter octave a level: 2^31 for the best key, 1 at 31 octaves below it, then nothing.
@@ -36,12 +38,11 @@ struct Weights {
 
 struct TileChoice {
   int64_t head, tile;
-  int32_t own_begin, own_end;  // keys at the positions of the tile's rows
-  int32_t limit;               // keys that its last row may see
-  int64_t forced = 0;          // keys
-  uint8_t last = 0;            // the last stored level that is taken
-  int64_t quota = 0;           // how many keys of it
-  int64_t forced_levels[kRankLevels] = {};
+  int32_t near_begin, own_end;  // keys of the window and at the positions of the tile's rows
+  int32_t limit;                // keys that its last row may see
+  int64_t forced = 0;           // keys
+  uint8_t last = 0;             // the last stored level that is taken
+  int64_t quota = 0;            // how many keys of it
 };
 
 struct Workspace {
@@ -53,7 +54,7 @@ struct Workspace {
   std::vector<float> probes, wide, scores;
   std::vector<uint8_t> levels;
   std::vector<uint32_t> histogram;
-  std::vector<int64_t> checked;  // [tiles][stored level of the sum]: mass of the middle row
+  std::vector<int64_t> checked;  // [checks][tiles][stored level of the sum]: the row's mass
   std::vector<int32_t> chosen[kMaxTiles];
 };
 
@@ -64,11 +65,11 @@ class Group {
       : p_(p), rule_(rule), kernels_(kernels()), batch_(batch), head_kv_(head_kv), space_(space) {
     const int64_t share = p.num_heads / p.num_heads_kv;
     count_ = static_cast<int>(count);
-    rows_ = (2 * count_ + kRowStep - 1) / kRowStep * kRowStep;
+    rows_ = (kProbes * count_ + kRowStep - 1) / kRowStep * kRowStep;
     std::fill_n(space.factor, kTileRows, 0.0f);
     std::fill_n(space.limits, kTileRows, 0);
     std::fill_n(space.top, kTileRows, -INFINITY);
-    space.probes.assign(2 * count * p.head_dim, 0.0f);
+    space.probes.assign(kProbes * count * p.head_dim, 0.0f);
     for (int i = 0; i < count_; ++i) {
       tiles_[i].tile = (first + i) / share;
       tiles_[i].head = head_kv * share + (first + i) % share;
@@ -99,27 +100,34 @@ class Group {
     const int64_t width = element_size(p_.dtype), first = tile.tile * rule_.block_m;
     const int64_t rows = std::min(rule_.block_m, p_.seqlen_q - first);
     float* sum = space_.probes.data() + int64_t{i} * p_.head_dim;
-    float* middle = sum + int64_t{count_} * p_.head_dim;
     float row_values[kMaxHeadDim];
     for (int64_t r = 0; r < rows; ++r) {
       kernels_.widen(row_pointer(p_.q, batch_, tile.head, first + r, width), row_values,
                      p_.head_dim, p_.dtype);
       for (int d = 0; d < p_.head_dim; ++d) sum[d] += row_values[d];
-      if (r == rows / 2) std::copy_n(row_values, p_.head_dim, middle);
+      for (int c = 0; c < kChecks; ++c)
+        if (r == check_row(rows, c))
+          std::copy_n(row_values, p_.head_dim, sum + int64_t{1 + c} * count_ * p_.head_dim);
     }
     const auto clamp = [&](int64_t key) {
       return static_cast<int32_t>(std::clamp<int64_t>(key, 0, p_.seqlen_k));
     };
     const int64_t position = first + rule_.q_offset;
-    tile.own_begin = clamp(position);
+    tile.near_begin = clamp(position - rule_.window);
     tile.own_end = clamp(position + rows);
     tile.limit = p_.causal ? tile.own_end : static_cast<int32_t>(p_.seqlen_k);
     const double factor = 4 * M_LOG2E * static_cast<double>(p_.softmax_scale);
     space_.factor[i] = static_cast<float>(factor / rows);
-    space_.factor[count_ + i] = static_cast<float>(factor);
     space_.limits[i] = tile.limit;
-    space_.limits[count_ + i] = p_.causal ? clamp(position + rows / 2 + 1) : tile.limit;
+    for (int c = 0; c < kChecks; ++c) {
+      const int probe = (1 + c) * count_ + i;
+      space_.factor[probe] = static_cast<float>(factor);
+      space_.limits[probe] = p_.causal ? clamp(position + check_row(rows, c) + 1) : tile.limit;
+    }
   }
+
+  // The middles of the halves of a tile.
+  static int64_t check_row(int64_t rows, int c) { return rows * (2 * c + 1) / (2 * kChecks); }
 
   // Scaled products with keys [0, limit), and each probe's best.
   void score(int32_t limit) {
@@ -127,7 +135,7 @@ class Group {
     const int dim = p_.head_dim;
     Tile& tile = space_.tile;
     tile.dtype = DType::kFloat32;  // sums of rows need it, whatever q and k are
-    tile.rows = 2 * count_;
+    tile.rows = kProbes * count_;
     tile.head_dim = dim;
     tile.head_dim_v = 0;
     for (int i = 0; i < tile.rows; ++i)
@@ -161,37 +169,38 @@ class Group {
       for (int64_t key = begin; key < end; ++key, ++tile.forced) {
         uint8_t& level = space_.levels[key * rows_ + i];
         --counts[level - 1];
-        tile.forced_levels[level - 1] += 1;
         level = 0;
       }
     };
     const int64_t sink = std::min<int64_t>(rule_.sink, tile.limit);
     mark(0, sink);
-    mark(std::max<int64_t>(sink, tile.own_begin), std::max(tile.own_begin, tile.own_end));
+    mark(std::max<int64_t>(sink, tile.near_begin), tile.own_end);
   }
 
-  // The middle rows' mass, by the level of the sum.
+  // The checking rows' mass, by the level of the sum.
   void check(int32_t limit, const Weights& weights) {
-    space_.checked.assign(int64_t{count_} * (kRankLevels + 1), 0);
+    space_.checked.assign(int64_t{kChecks} * count_ * (kRankLevels + 1), 0);
     const uint8_t* levels = space_.levels.data();
     for (int32_t key = 0; key < limit; ++key, levels += rows_) {
       int64_t* checked = space_.checked.data();
-      for (int i = 0; i < count_; ++i, checked += kRankLevels + 1)
-        checked[levels[i]] += weights.of[levels[count_ + i] - 1];
+      for (int c = 1; c <= kChecks; ++c)
+        for (int i = 0; i < count_; ++i, checked += kRankLevels + 1)
+          checked[levels[i]] += weights.of[levels[c * count_ + i] - 1];
     }
   }
 
   // Finds where the choice ends.
   void choose(TileChoice& tile, int i, const Weights& weights) {
     const uint32_t* counts = space_.histogram.data() + i * kRankLevels;
-    const int64_t* checked = space_.checked.data() + int64_t{i} * (kRankLevels + 1);
-    int64_t mass = 0, total = 0, row_mass = checked[0], row_total = checked[0];
+    const int64_t* checked[kChecks];
+    // Forced keys count for nothing: what the first key holds would hide what it does not give.
+    int64_t mass = 0, total = 0, row_mass[kChecks] = {}, row_total[kChecks] = {};
+    for (int c = 0; c < kChecks; ++c)
+      checked[c] = space_.checked.data() + (int64_t{c} * count_ + i) * (kRankLevels + 1);
     for (int level = 0; level < kRankLevels; ++level) {
-      mass += tile.forced_levels[level] * weights.of[level];
       total += counts[level] * weights.of[level];
-      row_total += checked[level + 1];
+      for (int c = 0; c < kChecks; ++c) row_total[c] += checked[c][level + 1];
     }
-    total += mass;
     if (!std::isfinite(space_.top[i])) {  // nothing is known of this tile
       tile.last = kRankLevels;
       tile.quota = tile.limit - tile.forced;
@@ -200,16 +209,20 @@ class Group {
       const auto share = [](double part, int64_t whole) {
         return static_cast<int64_t>(std::ceil(part * static_cast<double>(whole)));
       };
-      const int64_t target = share(rule_.mass, total), row_target = share(rule_.guard, row_total);
-      for (int level = 0; (mass < target || row_mass < row_target) && level < kRankLevels;
-           ++level) {
+      const int64_t target = share(rule_.mass, total);
+      const auto unserved = [&] {
+        bool any = false;
+        for (int c = 0; c < kChecks; ++c) any |= row_mass[c] < share(rule_.guard, row_total[c]);
+        return any;
+      };
+      for (int level = 0; (mass < target || unserved()) && level < kRankLevels; ++level) {
         const int64_t weight = weights.of[level];
         tile.last = static_cast<uint8_t>(level + 1);
         tile.quota = counts[level];
-        if (row_mass >= row_target)  // then mass alone decides, and it weighs something
+        if (!unserved())  // then mass alone decides, and it weighs something
           tile.quota = std::min(tile.quota, (target - mass + weight - 1) / weight);
         mass += counts[level] * weight;
-        row_mass += checked[level + 1];
+        for (int c = 0; c < kChecks; ++c) row_mass[c] += checked[c][level + 1];
       }
       if (tile.last == kRankLevels) tile.quota = tile.limit;
     }
@@ -273,7 +286,7 @@ void adaptive_keys(const AttentionParams& p, const AdaptiveRule& rule, TileKeys*
   const int64_t all = tiles * (p.num_heads / p.num_heads_kv);  // of one KV head
   const int64_t fit = kMaxScoreBytes / (std::max<int64_t>(p.seqlen_k, 1) * sizeof(float));
   const int64_t rows = std::clamp<int64_t>(fit / kRowStep * kRowStep, kRowStep, kTileRows);
-  const int64_t size = rows / 2, groups = (all + size - 1) / size,
+  const int64_t size = rows / kProbes, groups = (all + size - 1) / size,
                 heads = p.num_sequences * p.num_heads_kv;
   std::vector<std::unique_ptr<Workspace>> spare;  // one a thread, kept from group to group
   std::mutex mutex;

@@ -13,10 +13,11 @@ constexpr int kGranule = 16;  // keys of a block in the lists
 
 struct AdaptiveRule {
   double mass;       // share of the estimated mass that a tile keeps
-  double guard;      // share of its middle row's mass that it keeps
+  double guard;      // share of each checking row's mass that it keeps
   int64_t block_m;   // rows of a tile
   int64_t q_offset;  // position of query row 0
   int64_t sink;      // first keys that are always kept
+  int64_t window;    // keys before the tile's own that are always kept
 };
 
 // The lists of one tile, ascending.

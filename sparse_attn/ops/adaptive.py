@@ -19,13 +19,14 @@ def adaptive_lists(
     guard: float,
     block_m: int,
     sink: int,
+    window: int,
     q_offset: int,
     causal: bool,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`patterns.adaptive.adaptive_lists` on CPU tensors: its four tensors, in their order."""
     block_counts, block_indices, column_counts, column_indices = OPS.adaptive_lists(
-        q, k, mass, guard, block_m, sink, q_offset, causal, softmax_scale
+        q, k, mass, guard, block_m, sink, window, q_offset, causal, softmax_scale
     )
     return block_counts, block_indices, column_counts, column_indices
 

@@ -27,6 +27,7 @@ from sparse_attn.selection.estimators import native_inputs
 GRANULE = 16
 """Keys of a block in the lists."""
 _SOLID = 12  # chosen keys that make a granule a block
+_CHECKS = 2  # rows of a tile that check its choice: the middles of its halves
 _LEVELS = 126  # quarter octaves that are told apart
 
 # 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT: estimated mass that realises a recall. Fitted on
@@ -43,13 +44,15 @@ class Adaptive(Pattern):
 
     The mean query of a tile ranks single keys almost as their true mass in the tile does, for a
     small part of the work of q . k. What a tile takes follows from its own scores: a head that
-    looks at a few keys gets a few, one that looks everywhere gets most. The middle row of the tile
-    checks the choice: rows that disagree (each row of a retrieval head looks somewhere else) have
-    a mean that says nothing, and their tile grows until that row is served.
+    looks at a few keys gets a few, one that looks everywhere gets most. Two rows of the tile check
+    the choice: rows that disagree (each row of a retrieval head looks somewhere else) have a mean
+    that says nothing, and their tile grows until both rows are served. The first keys and those
+    near the tile are kept in any case, and count for nothing in the share: the first key often
+    holds most of the mass and gives next to no value, and would hide the keys that make the output.
 
-    For a tile of m rows of a head, with S the sum of its query rows, q_c its row m // 2, and keys j
-    below `limit` (the position of the last row plus 1 where attention is causal, clamped to the
-    keys that exist), all in float32:
+    For a tile of m rows of a head, with S the sum of its query rows, q_c each of its rows m // 4
+    and 3 m // 4, and keys j below `limit` (the position of the last row plus 1 where attention is
+    causal, clamped to the keys that exist), all in float32:
 
         x_j = (4 log2(e) softmax_scale / m) * (S . k_j)
         level_j = min(floor(max_i x_i - x_j), 125),  weight_j = round(2 ** (31 - level_j / 4)),
@@ -58,11 +61,12 @@ class Adaptive(Pattern):
     octave, in integers: sums of weights are exact. The check weights are the same of q_c alone
     (m = 1 in the factor), nothing for keys that this row does not see. Kept are:
 
-    * forced: the first `sink` keys and those at the positions of the tile's rows;
-    * then levels from the best on, whole, until the weight of all kept keys is at least
-      ceil(mass * weight of all keys below the limit) and their check weight at least
-      ceil(guard * check weight of all); if the second held before the last of these levels, that
-      level gives only as many keys as the first needs, by index ascending. Here
+    * forced: the first `sink` keys, the `window` keys before the position of the tile's first row,
+      and those at the positions of its rows;
+    * then levels of the other keys from the best on, whole, until the weight of those kept is at
+      least ceil(mass * weight of all of them below the limit) and either check weight at least
+      ceil(guard * that check weight of all of them); if the latter held before the last of these
+      levels, that level gives only as many keys as the former needs, by index ascending. Here
 
           1 - mass = 1.95 (1 - recall) ** 1.52,    1 - guard = 2.5 (1 - recall),
 
@@ -74,9 +78,11 @@ class Adaptive(Pattern):
     become blocks, and so wholly visible; all other kept keys are columns.
 
     Attributes:
-        recall: share of a row's softmax mass that stays, averaged over rows, in (0, 1].
+        recall: share of the softmax mass outside the forced keys that stays, in (0, 1]; the share
+            of a row's whole mass is larger.
         block_m: rows of a tile, 1 or a multiple of 16.
         sink: forced first keys, in tokens.
+        window: forced keys before a tile, in tokens.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -93,6 +99,7 @@ class Adaptive(Pattern):
     recall: float = 0.95
     block_m: int = 128
     sink: int = 4
+    window: int = 128
     data_dependent: ClassVar[bool] = True
     approximates: ClassVar[bool] = True
     row_local: ClassVar[bool] = True
@@ -110,6 +117,7 @@ class Adaptive(Pattern):
             )
         check_blocks("Adaptive", self.block_m, GRANULE)
         check_int("Adaptive", "sink", self.sink, 0)
+        check_int("Adaptive", "window", self.window, 0)
 
     @property
     def mass(self) -> float:
@@ -119,7 +127,7 @@ class Adaptive(Pattern):
 
     @property
     def guard(self) -> float:
-        """The share of its middle row's mass that a tile keeps."""
+        """The share of its checking rows' mass that a tile keeps."""
         return max(0.0, 1.0 - _GUARD * (1.0 - self.recall))
 
     def band_rows(self, q: Tensor, k: Tensor) -> int | None:
@@ -146,6 +154,7 @@ class Adaptive(Pattern):
             guard=self.guard,
             block_m=self.block_m,
             sink=self.sink,
+            window=self.window,
             q_offset=offset_or_default(q, k, q_offset),
             causal=causal,
             softmax_scale=scale_or_default(q, softmax_scale),
@@ -170,6 +179,7 @@ def adaptive_lists(
     guard: float,
     block_m: int,
     sink: int,
+    window: int,
     q_offset: int,
     causal: bool,
     softmax_scale: float,
@@ -180,9 +190,10 @@ def adaptive_lists(
         q: [batch, num_heads, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         mass: share of the estimated mass to keep, in [0, 1].
-        guard: share of a tile's middle row's mass to keep, in [0, 1].
+        guard: share of a tile's checking rows' mass to keep, in [0, 1].
         block_m: rows of a tile.
         sink: forced first keys.
+        window: forced keys before a tile.
         q_offset: position of query row 0.
         causal: whether a tile sees no key past its last row.
         softmax_scale: factor of q . k.
@@ -201,18 +212,23 @@ def adaptive_lists(
     for first in range(0, seqlen_q, block_m):
         rows = min(block_m, seqlen_q - first)
         total = q[:, :, first : first + rows].sum(2, dtype=torch.float32)
-        probes = torch.stack((total, q[:, :, first + rows // 2].float()), 2)
-        grouped = probes.view(batch, heads_kv, 2 * (heads // heads_kv), -1)
-        scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(batch, heads, 2, seqlen_k)
+        checking = [first + rows * (2 * c + 1) // (2 * _CHECKS) for c in range(_CHECKS)]
+        probes = torch.cat((total[:, :, None], q[:, :, checking].float()), 2)
+        grouped = probes.view(batch, heads_kv, (1 + _CHECKS) * (heads // heads_kv), -1)
+        scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(
+            batch, heads, 1 + _CHECKS, seqlen_k
+        )
         own_end = min(max(first + rows + q_offset, 0), seqlen_k)
         below = position < (own_end if causal else seqlen_k)
-        own = (position >= first + q_offset) & (position < own_end)
-        seen = position <= first + rows // 2 + q_offset if causal else below
+        near = (position >= first + q_offset - window) & (position < own_end)
+        seen = torch.stack([position <= r + q_offset if causal else below for r in checking])
         scale = 4 / math.log(2) * softmax_scale
-        factors = torch.tensor([scale / rows, scale], dtype=torch.float32, device=q.device)
-        x, check = (scores * factors[:, None]).unbind(2)
-        forced = below & (own | (position < sink))
-        chosen = _choose(x, check, below, seen, forced, mass, guard)
+        factors = torch.tensor(
+            [scale / rows] + [scale] * _CHECKS, dtype=torch.float32, device=q.device
+        )
+        x, check = (scores * factors[:, None]).split([1, _CHECKS], 2)
+        forced = below & (near | (position < sink))
+        chosen = _choose(x.squeeze(2), check, below, seen, forced, mass, guard)
         full = torch.bincount(granule_of[below], minlength=granules).clamp(max=_SOLID)
         count = torch.zeros(batch, heads, granules, dtype=torch.int64, device=q.device)
         count.index_add_(2, granule_of, chosen.long())
@@ -244,12 +260,12 @@ def _choose(
 
     Args:
         x: float32 [batch, heads, keys] of the tile's sum.
-        check: the same of its middle row.
+        check: float32 [batch, heads, checks, keys], the same of its checking rows.
         below: bool [keys], below the tile's limit.
-        seen: bool [keys], seen by the middle row.
+        seen: bool [checks, keys], seen by a checking row.
         forced: bool [keys], kept in any case.
         mass: share of the estimated mass.
-        guard: share of the middle row's mass.
+        guard: share of each checking row's mass.
 
     Returns:
         bool like x.
@@ -258,19 +274,21 @@ def _choose(
         return x.bool()
     level, weight, top = _levels(x, below)
     _, check_weight, _ = _levels(check, below & seen)
+    weight, check_weight = weight.masked_fill(forced, 0), check_weight.masked_fill(forced, 0)
     target = (mass * weight.sum(-1, keepdim=True).double()).ceil().long()
     check_target = (guard * check_weight.sum(-1, keepdim=True).double()).ceil().long()
     level = level.masked_fill(forced, -1)
-    # What all better keys and the forced ones weigh; a key is kept if that is too little.
+    # What all better keys weigh; a key is kept if that is too little.
     order = level.masked_fill(~below, _LEVELS).sort(dim=-1, stable=True)
     sorted_weight = weight.gather(-1, order.indices)
     before = torch.zeros_like(weight)
     before.scatter_(-1, order.indices, sorted_weight.cumsum(-1) - sorted_weight)
-    # What better levels hold of the middle row; place 0 is the forced keys.
-    checked = check_weight.new_zeros((*x.shape[:-1], _LEVELS + 1))
-    checked = checked.scatter_add(-1, level + 1, check_weight)
-    checked_before = (checked.cumsum(-1) - checked).gather(-1, level + 1)
-    kept = (before < target) | (checked_before < check_target)
+    # What better levels hold of the checking rows; place 0 is the forced keys.
+    place = (level + 1).unsqueeze(2).expand(check_weight.shape)
+    checked = check_weight.new_zeros((*check_weight.shape[:-1], _LEVELS + 1))
+    checked = checked.scatter_add(-1, place, check_weight)
+    checked_before = (checked.cumsum(-1) - checked).gather(-1, place)
+    kept = (before < target) | (checked_before < check_target).any(2)
     return (kept | forced | ~top.isfinite()) & below
 
 
