@@ -226,9 +226,9 @@ def adaptive_lists(
         factors = torch.tensor(
             [scale / rows] + [scale] * _CHECKS, dtype=torch.float32, device=q.device
         )
-        x, check = (scores * factors[:, None]).split([1, _CHECKS], 2)
+        scaled = scores * factors[:, None]
         forced = below & (near | (position < sink))
-        chosen = _choose(x.squeeze(2), check, below, seen, forced, mass, guard)
+        chosen = _choose(scaled[:, :, 0], scaled[:, :, 1:], below, seen, forced, mass, guard)
         full = torch.bincount(granule_of[below], minlength=granules).clamp(max=_SOLID)
         count = torch.zeros(batch, heads, granules, dtype=torch.int64, device=q.device)
         count.index_add_(2, granule_of, chosen.long())
