@@ -22,7 +22,7 @@ COSTS = Costs(
     selection={"Adaptive": (5e-3, 1e-7, 1e-7), "XAttention": (5e-3, 1e-6, 1e-6)},
 )
 
-SPARSE = Adaptive(recall=0.5, block_m=16)
+SPARSE = Adaptive(recall=0.5, block_m=16, window=0)
 
 
 @pytest.fixture(autouse=True)
