@@ -195,6 +195,26 @@ def test_block_sparse_dialect(causal: bool) -> None:
         check(part[None], tensors, mask, causal=causal)
 
 
+def test_block_sparse_dialect_of_more_keys_than_rows() -> None:
+    """Causality is aligned at the bottom right of each sequence."""
+    rows, keys = (100, 130), (150, 130)
+    q, k, v = randn(230, 2, 16), randn(280, 2, 16, seed=1), randn(280, 2, 16, seed=2)
+    grid = torch.tensor([[[[1, 1], [0, 0]]], [[[1, 0], [0, 1]]]]).bool()
+    lengths, kinds = (cu(*rows), cu(*keys)), torch.tensor([0, 1], dtype=torch.int32)
+    out, lse, _ = door.block_sparse_attn_func(
+        *(q, k, v, *lengths, kinds, None, grid, 130, 150, 0.0),
+        is_causal=True,
+        return_attn_probs=True,
+    )
+    parts = zip(q.split(rows), k.split(keys), v.split(keys))
+    for s, (own, of, part) in enumerate(zip(out.split(rows), lse.split(rows, 1), parts)):
+        r, c = torch.arange(rows[s])[:, None] // 128, torch.arange(keys[s])[None] // 128
+        mask = torch.stack([torch.ones(rows[s], keys[s]).bool(), grid[s, 0][r, c]])[None]
+        tensors = [x[None] for x in part]
+        check(own[None], tensors, mask, causal=True)
+        torch.testing.assert_close(of[None], plain(*tensors, mask, causal=True)[1])
+
+
 def test_gradients_go_through() -> None:
     tensors = [x.requires_grad_() for x in qkv()]
     other = [x.detach().clone().requires_grad_() for x in tensors]

@@ -149,13 +149,14 @@ def readme() -> str:
     return (REPO / "README.md").read_text()
 
 
-def test_readme_examples_run():
+@pytest.mark.parametrize("page", ["README.md", "docs/drop_in.md"])
+def test_examples_of_a_page_run(page):
     """The ```python blocks run in order, as one session; ```python no-run is only shown."""
-    blocks = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```", (REPO / page).read_text(), flags=re.M | re.S)
     assert blocks
-    session: dict[str, object] = {"__name__": "readme"}
+    session: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), session)
+        exec(compile(block, f"{page}, python block {number}", "exec"), session)
 
 
 def modules() -> list[str]:

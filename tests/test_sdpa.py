@@ -13,6 +13,13 @@ import torch.nn.functional as F
 from sparse_attn import AShape, BlockSparse
 from sparse_attn.integrations import sdpa
 
+
+@pytest.fixture(autouse=True)
+def run_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These calls are short, and would run densely: a pattern that is not run tests nothing."""
+    monkeypatch.setenv("SPARSE_ATTN_FALLBACK", "0")
+
+
 OP = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 PATTERN = AShape(sink=4, window=7)
 

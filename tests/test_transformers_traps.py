@@ -31,6 +31,13 @@ from sparse_attn import (  # noqa: E402
 )
 from sparse_attn.integrations.transformers import enable  # noqa: E402
 
+
+@pytest.fixture(autouse=True)
+def run_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These calls are short, and would run densely: a pattern that is not run tests nothing."""
+    monkeypatch.setenv("SPARSE_ATTN_FALLBACK", "0")
+
+
 NEW_TOKENS = 64
 #: Patterns with a budget above every length here: they choose all keys, each by its own code.
 FULL = {
@@ -72,17 +79,16 @@ def test_full_budget_generates_the_tokens_of_sdpa(pattern: str, side: str, cache
     [
         {"do_sample": True, "temperature": 0.7, "top_k": 20},
         {"num_beams": 3},
-        {"num_beams": 2, "do_sample": True},
         {"num_return_sequences": 3, "do_sample": True},
     ],
-    ids=["sampling", "beam", "beam_sampling", "several"],
+    ids=["sampling", "beam", "several"],
 )
 @pytest.mark.parametrize("index", range(len(MODELS)), ids=[m[0] for m in MODELS])
 def test_every_way_to_generate(index: int, options: dict[str, Any]) -> None:
     kind, extra, peer = MODELS[index]
     model = model_for(kind, extra)
     ids, mask = padded("left", length=21)
-    options = options | {"max_new_tokens": 12, "attention_mask": mask}
+    options = options | {"max_new_tokens": 8, "attention_mask": mask}
     with enable() as handle:
         ours = generate(model, handle.name, ids, **options)
     assert torch.equal(ours, generate(model, peer, ids, **options))
@@ -190,7 +196,7 @@ def test_a_memory_equals_the_pattern_without_one() -> None:
     model, quest = tiny("Llama"), Quest(budget=16, page=8)
     ids, mask = padded("left")
     for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
-        options = options | {"attention_mask": mask, "max_new_tokens": 16}
+        options = options | {"attention_mask": mask, "max_new_tokens": 8}
         tokens_of = []
         for decode in (quest, QuestState(quest), PerHead([quest, QuestState(quest)] * 2)):
             with enable(decode=decode) as handle:
@@ -228,14 +234,15 @@ def test_hip_refreshes_by_its_intervals_within_generate() -> None:
     model, ids = tiny("Llama"), tokens(1, 48)
     hip = HiP(mask_k=16, block_k=8, window=16, sink=8)
     with enable(decode=HiPState(hip, [4])) as handle:
-        first = generate(model, handle.name, ids)
-        assert torch.equal(generate(model, handle.name, ids), first)
+        first = generate(model, handle.name, ids, max_new_tokens=20)
+        again = generate(model, handle.name, ids, max_new_tokens=20)
+        assert torch.equal(again, first)
     states = [HiPState(hip, [4]) for _ in range(2)]
     with enable() as handle:
         model.set_attn_implementation(handle.name)
         cache = new_cache(model)
         out, result = step(model, ids, cache), [ids]
-        for _ in range(NEW_TOKENS):
+        for _ in range(20):
             result.append(out[:, -1:].argmax(-1))
             with torch.no_grad():
                 by_layer = {"sparse_pattern": _Unwatched(states)}
