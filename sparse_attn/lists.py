@@ -26,6 +26,7 @@ __all__ = [
     "indptr_from_counts",
     "keys_mask",
     "list_blocks",
+    "marked_positions",
     "pack_bits",
     "refined",
     "shifted_indptrs",
@@ -59,6 +60,25 @@ def indptr_from_counts(counts: Tensor) -> Tensor:
     return torch.cat([ends[..., :1] - counts[..., :1], ends], -1)
 
 
+def marked_positions(mask: Tensor) -> Tensor:
+    """Where on the last axis the marks are, row after row: `nonzero` without a read-back.
+
+    Args:
+        mask: bool [..., n].
+
+    Returns:
+        int32 [mask.numel()], ascending in every row; zeros past the last mark.
+    """
+    marks = mask.reshape(-1)
+    position = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    # Each mark goes to its rank; what is not marked shares one slot that is cut off.
+    rank = torch.where(marks, marks.cumsum(0) - 1, marks.numel())
+    found = position.new_zeros(marks.numel() + 1)
+    found = found.scatter_(0, rank, position.expand(mask.shape).reshape(-1))
+    found[-1:] = 0
+    return found[:-1]
+
+
 def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     """Ragged lists of the marked blocks' first keys.
 
@@ -67,10 +87,12 @@ def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
         block_n: keys of a block.
 
     Returns:
-        (counts int64 [...], indices int32, lists one after the other, ascending).
+        (counts int64 [...], indices int32, lists one after the other, ascending). On a device other
+        than the CPU the indices come in a buffer of mask.numel() entries that the counts fill in
+        part, so that nothing is read back.
     """
     if mask.device.type != "cpu":
-        return mask.sum(-1), (mask.nonzero()[:, -1] * block_n).int()
+        return mask.sum(-1), marked_positions(mask) * block_n
     rows = mask.reshape(mask.shape[:-1].numel(), mask.shape[-1]).contiguous()
     counts, indices = ops.list_blocks(rows, block_n)
     return counts.view(mask.shape[:-1]), indices

@@ -7,11 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_attn import ops
 from sparse_attn.index import SparseIndex
 from sparse_attn.lists import indptr_from_counts
 from sparse_attn.patterns.base import (
@@ -22,6 +19,7 @@ from sparse_attn.patterns.base import (
     offset_or_default,
     scale_or_default,
 )
+from sparse_attn.selection.anchor import anchor_lists
 
 _BLOCK_N = 64
 
@@ -97,13 +95,12 @@ class AnchorAttention(Pattern):
     ) -> SparseIndex:
         """See `Pattern.build`; every query head, with a tile per superblock.
 
-        The keys are looked at on the CPU; on another device the tensors are copied there and the
-        index back.
+        On a device other than the CPU, in plain torch and without a read-back.
         """
         check_qk("AnchorAttention", q, k)
-        block_counts, blocks, column_counts, columns = ops.anchor_lists(
-            _native(q),
-            _native(k),
+        block_counts, blocks, column_counts, columns = anchor_lists(
+            q,
+            k,
             block=self.block,
             step=self.step,
             sink=self.sink,
@@ -118,18 +115,8 @@ class AnchorAttention(Pattern):
             seqlen_k=k.shape[2],
             block_m=self.block * self.step,
             block_n=_BLOCK_N,
-            block_indptr=indptr_from_counts(block_counts).to(q.device),
-            block_indices=blocks.to(q.device),
-            column_indptr=indptr_from_counts(column_counts).to(q.device),
-            column_indices=columns.to(q.device),
+            block_indptr=indptr_from_counts(block_counts),
+            block_indices=blocks,
+            column_indptr=indptr_from_counts(column_counts),
+            column_indices=columns,
         )
-
-
-def _native(x: Tensor) -> Tensor:
-    """The tensor as the native operator takes it; a padded head_dim leaves products as they are."""
-    x = x.detach().cpu()
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        x = x.float()
-    if x.shape[-1] % 8 != 0:
-        x = F.pad(x, (0, -x.shape[-1] % 8))
-    return x if x.stride(-1) == 1 else x.contiguous()

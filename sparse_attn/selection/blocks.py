@@ -131,7 +131,9 @@ def _top_k_torch(scores: Tensor, k: int | Tensor, grid: BlockGrid, first_tile: i
     # A finite substitute: an allowed -inf still comes before what is not allowed.
     ranked = ranked.clamp(torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
     ranked = ranked.masked_fill(~allowed, -math.inf).masked_fill(forced, math.inf)
-    budget = torch.as_tensor(k, device=scores.device).expand(*lead, tiles)
+    # A number is filled in on the device: a copy would wait for it.
+    budget = k if isinstance(k, Tensor) else torch.full((), k, device=scores.device)
+    budget = budget.to(scores.device).expand(*lead, tiles)
     return forced | (allowed & top_k_mask(ranked, budget, k_max=blocks))
 
 
@@ -270,6 +272,8 @@ def blocks_index(
         heads: heads of the index.
         device: where the index goes, also without a mask.
     """
+    if len(masks) > 1 and device.type != "cpu":  # there, lists of parts come with spare room
+        masks = [torch.cat([mask.flatten(0, -2) for mask in masks])]
     parts = [list_blocks(mask, grid.block_n) for mask in masks]
     if not parts:
         parts = [list_blocks(torch.empty(0, 0, dtype=torch.bool, device=device), grid.block_n)]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import ops
+from sparse_attn.lists import marked_positions
 from sparse_attn.selection.estimators import bands, native_inputs
 from sparse_attn.selection.selectors import top_k_indices
 
@@ -101,8 +102,7 @@ def cluster_means(keys: Tensor, weights: Tensor | None, indptr: Tensor, members:
     if native_inputs(keys, keys):
         return ops.cluster_means(keys, weights, indptr, members)
     counts = indptr.diff(dim=-1)
-    cluster = torch.arange(counts.shape[-1], device=keys.device)
-    of = torch.stack([cluster.repeat_interleave(c) for c in counts.flatten(0, 1)])
+    of = _cluster_of_places(indptr, members).flatten(0, 1)
     order = members.flatten(0, 1).long()
     rows = keys.float() if weights is None else keys.float() * weights[..., None]
     rows = rows.flatten(0, 1).gather(1, order[..., None].expand(-1, -1, keys.shape[-1]))
@@ -205,13 +205,27 @@ def centroid_lists(
 
     Returns:
         (keep bool like scores, counts int64 [batch, heads, tiles], keys int32 [sum of counts]: the
-        kept keys of every tile, ascending).
+        kept keys of every tile, ascending). On a device other than the CPU `keys` is a buffer that
+        the counts fill in part, so that nothing is read back.
     """
     limit = -1 if budget is None else budget
     if scores.device.type == "cpu":
         return ops.centroid_lists(
             scores.contiguous(), indptr, members, threshold=threshold, budget=limit
         )
+    return _centroid_lists_torch(scores, indptr, members, threshold, budget)
+
+
+def _cluster_of_places(indptr: Tensor, members: Tensor) -> Tensor:
+    """Cluster of every entry of `members`, int64 like it."""
+    places = torch.arange(members.shape[-1], device=members.device).expand_as(members).contiguous()
+    return torch.searchsorted(indptr[..., 1:].contiguous(), places, right=True)
+
+
+def _centroid_lists_torch(
+    scores: Tensor, indptr: Tensor, members: Tensor, threshold: float, budget: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`centroid_lists` on any device."""
     keep = (scores >= 0) & (scores > threshold if threshold > 0 else scores.isfinite())
     sizes = indptr.diff(dim=-1)[:, :, None].expand_as(scores)
     if budget is not None:
@@ -220,13 +234,11 @@ def centroid_lists(
         fits = taken <= budget
         fits[..., :1] = True
         keep = keep & torch.zeros_like(keep).scatter_(-1, order, fits.cummin(-1).values)
-    n = members.shape[-1]
-    places = torch.arange(n, device=members.device).expand(*members.shape).contiguous()
-    cluster = torch.searchsorted(indptr[..., 1:].contiguous(), places, right=True)
+    cluster = _cluster_of_places(indptr, members)
     cluster = cluster.clamp(max=max(0, scores.shape[-1] - 1))
     labels = torch.zeros_like(cluster).scatter_(-1, members.long(), cluster)
     mask = keep.gather(-1, labels[:, :, None].expand(-1, -1, scores.shape[2], -1))
-    return keep, mask.sum(-1), mask.nonzero()[:, 3].int()
+    return keep, mask.sum(-1), marked_positions(mask)
 
 
 def spherical_kmeans(
