@@ -5,8 +5,8 @@ A pattern that approximates dense attention is asked for to save time. Where it 
 dense attention runs in its place, which also keeps more. Two questions decide, both answered from
 a table of costs and never by a measurement during a call:
 
-* before the index is built: does dense attention take less than choosing keys and reading a tenth
-  of them?
+* before the index is built: does dense attention take less than choosing keys and reading the
+  fewest that a pattern would, a tenth of them or those near every row?
 * after: does the kernel take longer over this many keys, gathered, than over all?
 
 The table ships with the package; `python -m sparse_attn tune` measures one for this machine and
@@ -41,6 +41,7 @@ DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 _SHIPPED = Path(__file__).parent / "costs.json"
 _MIN_ROWS = 17  # below, a call decodes: its patterns are made for that, and cost otherwise
 _MEASURED_DIM = 64
+_NEAR = 128  # keys at and before a row that every pattern keeps, about
 
 
 class Verdict(NamedTuple):
@@ -78,18 +79,22 @@ class Costs:
         work = call.heads * call.head_dim / _MEASURED_DIM / call.threads
         dense = self._at(self.dense, call.seqlen_k) * call.pairs * work
         choose = fixed + self._at(slopes, call.seqlen_k) * call.rows * call.seqlen_k * work
-        least = self._at([row[0] for row in self.sparse], call.seqlen_k) * dense
+        fewest = min(1.0, _NEAR * call.rows / max(1, call.pairs))
+        least = self._read(fewest, call.seqlen_k) * dense
         told = f"choosing {choose * 1e3:.2f} ms, dense attention {dense * 1e3:.2f} ms (estimates)"
         return Verdict(dense <= choose + least, told)
 
     def after(self, density: float, call: Call) -> Verdict:
         """The second question; `density` is the tile density of the index."""
-        ratios = [_line(DENSITIES, row, density) for row in self.sparse]
-        ratio = self._at(ratios, call.seqlen_k)
+        ratio = self._read(density, call.seqlen_k)
         return Verdict(
             ratio >= 1.0,
             f"{density:.0%} of the keys take {ratio:.2f} of dense attention (estimate)",
         )
+
+    def _read(self, density: float, length: int) -> float:
+        """Time of gathered keys over dense attention's."""
+        return self._at([_line(DENSITIES, row, density) for row in self.sparse], length)
 
     def _at(self, values: Sequence[float], length: int) -> float:
         return _line([math.log2(x) for x in self.lengths], values, math.log2(max(1, length)))

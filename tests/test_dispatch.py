@@ -60,7 +60,7 @@ def test_pairs_are_counted_as_a_loop_counts_them():
 
 
 def test_short_calls_run_densely_and_long_ones_as_asked():
-    # 64 rows: 2,080 pairs x 2 heads x half a microsecond is below the 5 ms of choosing.
+    # All keys of 64 rows are near them: reading them takes longer than dense attention.
     found, own, dense = outputs(*inputs(64), SPARSE)
     assert same(found, dense) and not same(own, dense)
     found, own, dense = outputs(*inputs(512), SPARSE)
@@ -68,15 +68,15 @@ def test_short_calls_run_densely_and_long_ones_as_asked():
 
 
 def test_the_break_even_is_where_the_table_puts_it():
-    # heads * rows * (rows + 1) / 2 pairs: dense d, choosing 5 ms + d / 5 (nearly), reading d / 8.
-    for rows, dense in ((100, True), (160, False)):
+    # rows^2 / 2 pairs: dense d, choosing 5 ms + d / 5 (nearly), reading 1.25 * 256 / rows of d.
+    for rows, dense in ((400, True), (430, False)):
         call = Call(1, rows, rows, rows * (rows + 1) // 2, 64, 1)
         assert COSTS.before("Adaptive", call).dense == dense
     # Threads divide the work and not the fixed cost: dense attention wins for longer.
-    assert COSTS.before("Adaptive", Call(1, 160, 160, 12880, 64, 4)).dense
+    assert COSTS.before("Adaptive", Call(1, 430, 430, 92665, 64, 4)).dense
     # A dearer choice never pays here; a class that was not measured costs what Adaptive does.
     assert COSTS.before("XAttention", Call(1, 4000, 4000, 8_002_000, 64, 1)).dense
-    assert not COSTS.before("Unheard", Call(1, 160, 160, 12880, 64, 1)).dense
+    assert not COSTS.before("Unheard", Call(1, 430, 430, 92665, 64, 1)).dense
 
 
 def test_full_indexes_run_densely(monkeypatch):
