@@ -132,7 +132,8 @@ def test_paged_cache_and_attention_weights_are_refused_or_none() -> None:
         with pytest.raises(NotImplementedError, match="'cache' is not supported"):
             logits(model, handle.name, tokens(1, 20), cache=object())
         model.set_attn_implementation(handle.name)
-        assert all(w is None for w in model(tokens(1, 20), output_attentions=True).attentions)
+        weights = model(tokens(1, 20), output_attentions=True).attentions
+        assert all(w is None for w in weights or ())  # transformers 5.0 has no tuple at all
 
 
 def test_a_disabled_name_fails_and_does_not_fall_back() -> None:
