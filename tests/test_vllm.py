@@ -145,6 +145,10 @@ def test_write_pages_leaves_padding_and_the_rest_alone() -> None:
     write_pages(cache, key, value, torch.tensor([17, -1, 47, 0]))
     keys, values = split_pages(cache)
     assert keys.data_ptr() == cache.data_ptr()
+    # Of a page and head the keys come first, then the values: what other code of vLLM's reads.
+    flat = cache.view(3, HEADS_KV, 2 * PAGE * DIM)
+    assert (flat[1, :, DIM : 2 * DIM] == 1).all()
+    assert (flat[1, :, (PAGE + 1) * DIM : (PAGE + 2) * DIM] == 2).all()
     written = {(0, 0), (1, 1), (2, 15)}
     for page in range(3):
         for place in range(PAGE):
