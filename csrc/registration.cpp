@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every schema of the package, one a line. Loading the library registers them.
+// Every schema of the package, one a line (those that two modules serve are in schemas.h). Loading
+// the library registers them.
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "schemas.h"
 
 using torch::stable::Tensor;
 
@@ -71,12 +74,6 @@ std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
 
-#define INDEX_ARGS                                                                         \
-  "Tensor heads, Tensor block_indptr, Tensor block_indices, Tensor? block_bits_ids, "      \
-  "Tensor? block_bits, Tensor column_indptr, Tensor column_indices, Tensor? column_bias, " \
-  "int block_m, int block_n"
-#define CALL_ARGS \
-  "Tensor? seq_ranges, SymInt q_offset, bool causal, float softmax_scale, float softcap"
 #define HIP_ARGS                                                                          \
   "Tensor q, Tensor k, SymInt q_offset, float softmax_scale, int block_m, int stride_q, " \
   "int lists, int sink, int window"
@@ -86,7 +83,7 @@ std::string cpu_capability();
 
 // clang-format off
 STABLE_TORCH_LIBRARY(sparse_attn, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ", Tensor? sinks, Tensor? block_table=None) -> (Tensor out, Tensor lse)");
+  m.def(ATTENTION_SCHEMA);
   m.def("attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, " INDEX_ARGS ", " CALL_ARGS ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("adaptive_lists(Tensor q, Tensor k, float mass, float guard, int block_m, int sink, int window, SymInt q_offset, bool causal, float softmax_scale) -> (Tensor block_counts, Tensor block_indices, Tensor column_counts, Tensor column_indices)");
   m.def("check_index(" INDEX_ARGS ", int seqlen_q, int seqlen_k) -> ()");

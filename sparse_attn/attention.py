@@ -69,7 +69,7 @@ def attention(
         softcap: logits become softcap * tanh(logits / softcap); None for no bound.
         sinks: float32 [num_heads], a logit per head that takes part in the denominator and has no
             value (attention sinks as in GPT-OSS).
-        backend: "auto", or the name of a kernel that must run ("cpu").
+        backend: "auto", or the name of a kernel that must run ("cpu", "cuda").
         fallback: whether dense attention may run in place of a pattern that approximates it, where
             it is faster by the costs of `python -m sparse_attn tune` (or those that ship with the
             package); `explain` says what would run. Default True, or what the environment's
@@ -409,6 +409,7 @@ def _run(
         head_dim,
         v.shape[3],
         bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        not q.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
     )
     backends.choose(function, problem, backend)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale

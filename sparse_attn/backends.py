@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_attn.ops import load_cuda
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,6 +34,7 @@ class Problem(NamedTuple):
         head_dim: of q and k.
         head_dim_v: of v.
         bias_requires_grad: whether a gradient of the index's column_bias is asked for.
+        requires_grad: whether any gradient is; told for tensors that are not on the CPU.
     """
 
     device_type: str
@@ -39,10 +42,11 @@ class Problem(NamedTuple):
     head_dim: int
     head_dim_v: int
     bias_requires_grad: bool = False
+    requires_grad: bool = False
 
 
 def _cpu_reasons(problem: Problem) -> list[str]:
-    device_type, dtype, head_dim, head_dim_v, bias_requires_grad = problem
+    device_type, dtype, head_dim, head_dim_v, bias_requires_grad, _ = problem
     reasons = []
     if device_type != "cpu":
         reasons.append(f"it runs tensors on cpu, these are on {device_type}")
@@ -57,8 +61,27 @@ def _cpu_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-#: Backends in the order in which `auto` asks them: name to the reasons why it cannot run.
-BACKENDS: dict[str, Callable[[Problem], list[str]]] = {"cpu": _cpu_reasons}
+def _cuda_reasons(problem: Problem) -> list[str]:
+    if problem.device_type != "cuda":
+        return [f"it runs tensors on cuda, these are on {problem.device_type}"]
+    load_cuda()
+    reasons = []
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"it runs bfloat16 and float16, not {problem.dtype}")
+    if problem.head_dim > 256:
+        reasons.append(f"head_dim={problem.head_dim} is above 256")
+    if problem.head_dim_v > 256:
+        reasons.append(f"head_dim_v={problem.head_dim_v} is above 256")
+    if problem.requires_grad or problem.bias_requires_grad:
+        reasons.append("it has no gradient; detach the inputs, or call it under torch.no_grad()")
+    return reasons
+
+
+#: Backends by name, which is the device that they run on: the reasons why one cannot run a call.
+BACKENDS: dict[str, Callable[[Problem], list[str]]] = {
+    "cpu": _cpu_reasons,
+    "cuda": _cuda_reasons,
+}
 
 
 def choose(function: str, problem: Problem, backend: str) -> str:
@@ -72,14 +95,18 @@ def choose(function: str, problem: Problem, backend: str) -> str:
     Raises:
         ValueError: unknown name.
         UnsupportedError: none can run it; `.reasons` says why.
+        ImportError: the tensors are on a CUDA device, and the CUDA kernels are not there.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"sparse_attn.{function}: backend={backend!r} is unknown; "
             f"pass 'auto' or one of {sorted(BACKENDS)}."
         )
+    asked: list[str] = [backend]
+    if backend == "auto":  # the others would only say that they run another device
+        asked = [problem.device_type] if problem.device_type in BACKENDS else [*BACKENDS]
     reasons = []
-    for name in BACKENDS if backend == "auto" else [backend]:
+    for name in asked:
         why_not = BACKENDS[name](problem)
         if not why_not:
             return name

@@ -25,7 +25,8 @@ def test_it_tells_densities_and_kinds_of_the_index_that_runs():
     assert found.kinds == ("dense", "listed", "streaming", "streaming")
     assert torch.equal(found.density.tile_per_head, expected.tile_per_head)
     assert torch.equal(found.density.element_per_head, expected.element_per_head)
-    assert found.backend == "cpu" and found.reasons == ()
+    assert found.backend == "cpu"
+    assert found.reasons == ("cuda: it runs tensors on cuda, these are on cpu",)
 
 
 def test_times_hang_together():

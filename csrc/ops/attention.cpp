@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> attention_cpu(
   }
   Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
   const int64_t lse_sizes[] = {q.size(0), p.num_heads, p.seqlen_q};
-  Tensor lse = empty_cpu(lse_sizes, {0, 1, 2}, ScalarType::Float);
+  Tensor lse = empty_dense(q, lse_sizes, {0, 1, 2}, ScalarType::Float);
   if (seq_ranges.has_value()) {  // rows of no sequence
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -INFINITY);

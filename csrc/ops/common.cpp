@@ -8,7 +8,7 @@ namespace sparse_attn::ops {
 namespace {
 
 void check_index_tensor(const Tensor& x, ScalarType dtype, int64_t dim, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu(), "sparse_attn: index tensor ", name, " is not on the CPU");
+  STD_TORCH_CHECK(on_device(x), "sparse_attn: index tensor ", name, " is not ", kDevice);
   STD_TORCH_CHECK(x.scalar_type() == dtype, "sparse_attn: index tensor ", name,
                   " has the wrong dtype");
   STD_TORCH_CHECK(x.dim() == dim, "sparse_attn: index tensor ", name, " has ", x.dim(),
@@ -17,7 +17,7 @@ void check_index_tensor(const Tensor& x, ScalarType dtype, int64_t dim, const ch
 }
 
 void check_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_cpu(), "sparse_attn: ", name, " is not on the CPU");
+  STD_TORCH_CHECK(on_device(x), "sparse_attn: ", name, " is not ", kDevice);
   STD_TORCH_CHECK(x.dim() == 4, "sparse_attn: ", name, " has ", x.dim(),
                   " dimensions, expected [batch, heads, seqlen, head_dim]");
   STD_TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1, "sparse_attn: ", name,
@@ -42,7 +42,19 @@ void check_head_dim(int64_t dim) {
                   " is not a multiple of 8 up to 256");
 }
 
-std::vector<Sequence> read_sequences(const AttentionArgs& args, int64_t seqlen_k) {
+int64_t count_sequences(const AttentionArgs& args) {
+  const int64_t batch = args.q.size(0);
+  if (!args.seq_ranges.has_value()) return batch;
+  const Tensor& ranges = *args.seq_ranges;
+  check_index_tensor(ranges, ScalarType::Int, 2, "seq_ranges");
+  STD_TORCH_CHECK(ranges.size(1) == 5, "sparse_attn: seq_ranges has ", ranges.size(1),
+                  " columns, expected 5");
+  STD_TORCH_CHECK(batch == 1 || ranges.size(0) == batch, "sparse_attn: seq_ranges has ",
+                  ranges.size(0), " rows, expected the batch size ", batch);
+  return ranges.size(0);
+}
+
+std::vector<Sequence> read_sequences(const AttentionArgs& args, int64_t count, int64_t seqlen_k) {
   const int64_t batch = args.q.size(0);
   const int64_t seqlen_q = args.q.size(2);
   std::vector<Sequence> sequences;
@@ -51,14 +63,7 @@ std::vector<Sequence> read_sequences(const AttentionArgs& args, int64_t seqlen_k
       sequences.push_back({b, 0, seqlen_q, 0, seqlen_k, args.q_offset});
     return sequences;
   }
-  const Tensor& ranges = *args.seq_ranges;
-  check_index_tensor(ranges, ScalarType::Int, 2, "seq_ranges");
-  STD_TORCH_CHECK(ranges.size(1) == 5, "sparse_attn: seq_ranges has ", ranges.size(1),
-                  " columns, expected 5");
-  const int64_t count = ranges.size(0);
-  STD_TORCH_CHECK(batch == 1 || count == batch, "sparse_attn: seq_ranges has ", count,
-                  " rows, expected the batch size ", batch);
-  const int32_t* row = data<int32_t>(ranges);
+  const int32_t* row = data<int32_t>(*args.seq_ranges);
   for (int64_t s = 0; s < count; ++s, row += 5) {
     const Sequence sequence{batch == 1 ? 0 : s, row[0], row[1], row[2], row[3], row[4]};
     STD_TORCH_CHECK(row[0] >= 0 && row[1] >= 0 && int64_t{row[0]} + row[1] <= seqlen_q,
@@ -85,11 +90,9 @@ void set_pages(const Tensor& block_table, AttentionParams& p) {
 }
 
 // Every page that a sequence's keys lie in must exist. Entries past them are never read.
-void check_pages(const AttentionParams& p, const Tensor& block_table, int64_t num_pages,
+void check_pages(const AttentionParams& p, int64_t num_pages,
                  const std::vector<Sequence>& sequences) {
   const auto count = static_cast<int64_t>(sequences.size());
-  STD_TORCH_CHECK(block_table.size(0) == count, "sparse_attn: block_table has ",
-                  block_table.size(0), " rows, the call has ", count, " sequences");
   for (int64_t s = 0; s < count; ++s) {
     const Sequence& sequence = sequences[s];
     if (sequence.k_len == 0) continue;
@@ -174,7 +177,8 @@ IndexView index_view(const IndexArgs& args) {
 }
 
 // torch::stable::new_empty looks its operator up by name in every call, which a short call feels.
-Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarType dtype) {
+Tensor empty_dense(const Tensor& like, const int64_t* sizes, std::initializer_list<int> order,
+                   ScalarType dtype) {
   int64_t strides[4];
   int64_t step = 1;
   for (auto dim = std::rbegin(order); dim != std::rend(order); ++dim) {
@@ -182,10 +186,12 @@ Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarT
     step *= std::max<int64_t>(sizes[*dim], 1);
   }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(order.size()), sizes, strides, code,
-                               aoti_torch_device_type_cpu(), -1, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(order.size()), sizes,
+                                                         strides, code, device_type,
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -224,7 +230,7 @@ AttentionParams query_key_params(const Tensor& q, const Tensor& k, bool paged) {
   return p;
 }
 
-AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences) {
+AttentionParams call_params(const AttentionArgs& args) {
   const bool paged = args.block_table.has_value();
   AttentionParams p = query_key_params(args.q, args.k, paged);
   check_rows(args.v, "v");
@@ -242,12 +248,10 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
   p.index = index_view(args.index);
 
   if (paged) set_pages(*args.block_table, p);
-  sequences = read_sequences(args, p.seqlen_k);
-  if (paged) check_pages(p, *args.block_table, args.k.size(0), sequences);
-  p.sequences = sequences.data();
-  p.num_sequences = static_cast<int64_t>(sequences.size());
-  int64_t longest = 0;
-  for (const Sequence& s : sequences) longest = std::max(longest, s.q_len);
+  p.num_sequences = count_sequences(args);
+  STD_TORCH_CHECK(!paged || args.block_table->size(0) == p.num_sequences,
+                  "sparse_attn: block_table has ", paged ? args.block_table->size(0) : 0,
+                  " rows, the call has ", p.num_sequences, " sequences");
   STD_TORCH_CHECK(p.index.batch == 1 || p.index.batch == p.num_sequences,
                   "sparse_attn: the index has batch ", p.index.batch, ", the call ",
                   p.num_sequences);
@@ -255,6 +259,16 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
                       p.index.num_heads == p.num_heads_kv,
                   "sparse_attn: the index has ", p.index.num_heads, " heads, the call ",
                   p.num_heads, " query and ", p.num_heads_kv, " KV heads");
+  return p;
+}
+
+AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences) {
+  AttentionParams p = call_params(args);
+  sequences = read_sequences(args, p.num_sequences, p.seqlen_k);
+  if (args.block_table.has_value()) check_pages(p, args.k.size(0), sequences);
+  p.sequences = sequences.data();
+  int64_t longest = 0;
+  for (const Sequence& s : sequences) longest = std::max(longest, s.q_len);
   STD_TORCH_CHECK(p.index.num_tiles * args.index.block_m >= longest,
                   "sparse_attn: the index covers ", p.index.num_tiles * args.index.block_m,
                   " query rows, the call has ", longest);
@@ -263,8 +277,9 @@ AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence
 
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim) {
   const int64_t sizes[] = {like.size(0), heads, seqlen, dim};
-  if (like.stride(1) < like.stride(2)) return empty_cpu(sizes, {0, 2, 1, 3}, like.scalar_type());
-  return empty_cpu(sizes, {0, 1, 2, 3}, like.scalar_type());
+  if (like.stride(1) < like.stride(2))
+    return empty_dense(like, sizes, {0, 2, 1, 3}, like.scalar_type());
+  return empty_dense(like, sizes, {0, 1, 2, 3}, like.scalar_type());
 }
 
 cpu::Executor torch_threads() {

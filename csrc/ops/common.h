@@ -39,6 +39,11 @@ struct IndexArgs {
   int64_t block_n;
 };
 
+// Defined by each module: whether its kernels can read a tensor's memory, and how to say where that
+// is ("on the CPU").
+bool on_device(const Tensor& x);
+extern const char* const kDevice;
+
 IndexView index_view(const IndexArgs& args);
 
 // Tensors of a call; `sequences` owns what params.sequences points at.
@@ -59,6 +64,9 @@ struct AttentionArgs {
 // The part of the params that q and k alone decide, checked. `paged`: k's batch axis counts pages,
 // and seqlen_k is the keys of one page.
 AttentionParams query_key_params(const Tensor& q, const Tensor& k, bool paged = false);
+// All that the shapes of a call decide, checked: reads no tensor's memory, leaves `sequences` null.
+AttentionParams call_params(const AttentionArgs& args);
+// The same and the sequences, which are read from memory, as are the pages to check them.
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
 
 // Throws if two sequences share tokens of q (&Sequence::q_start, q_len) or of k.
@@ -66,12 +74,13 @@ void check_disjoint(const std::vector<Sequence>& sequences, const char* name,
                     int64_t Sequence::* start, int64_t Sequence::* length);
 
 TensorView tensor_view(const Tensor& x);
-// A checked [batch, heads, seqlen, dim] CPU tensor with a contiguous last dimension.
+// A checked [batch, heads, seqlen, dim] tensor with a contiguous last dimension.
 std::pair<TensorView, DType> rows_view(const Tensor& x, const char* name);
-// A dense CPU tensor of at most four dimensions; `order` names them from the slowest in memory to
-// the fastest.
-Tensor empty_cpu(const int64_t* sizes, std::initializer_list<int> order, ScalarType dtype);
-// A [batch, heads, seqlen, dim] CPU tensor laid out in memory as `like` is: rows of all heads
+// A dense tensor of at most four dimensions on the device of `like`; `order` names them from the
+// slowest in memory to the fastest.
+Tensor empty_dense(const Tensor& like, const int64_t* sizes, std::initializer_list<int> order,
+                   ScalarType dtype);
+// A [batch, heads, seqlen, dim] tensor laid out in memory as `like` is: rows of all heads
 // together if `like` is a transposed [batch, seqlen, heads, dim] tensor.
 Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim);
 cpu::Executor torch_threads();

@@ -24,7 +24,7 @@ from sparse_attn.ops.centroids import (
     nearest_centroids,
 )
 from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
-from sparse_attn.ops.library import cpu_capability
+from sparse_attn.ops.library import cpu_capability, load_cuda
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "hip_tree",
     "leaf_lists",
     "list_blocks",
+    "load_cuda",
     "nearest_centroids",
     "pool_blocks",
     "top_k",
