@@ -98,7 +98,8 @@ def test_the_table_names_what_matters():
     q, k, v = inputs(512)
     text = str(explain(q, k, v, "a_shape"))
     assert "'a_shape'" in text and "backend     cpu" in text and "selection" in text
-    assert len(text.splitlines()) == 7 + 4
+    assert "cuda: it runs tensors on cuda, these are on cpu" in text
+    assert len(text.splitlines()) == 8 + 4
 
 
 def test_the_table_warns_when_dense_is_faster():

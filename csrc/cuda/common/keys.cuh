@@ -117,7 +117,8 @@ __device__ inline SlotEntry load_slot(const IndexView& index, const FastDivisor&
     entry.key = entry.key < 0 ? -1 : entry.key + entry.within;
     if (index.block_bits_ids != nullptr) {
       entry.mask = index.block_bits_ids[block];
-      if ((entry.mask < -1 || entry.mask >= index.num_masks) && !fault(11)) entry.key = -1;
+      if ((entry.mask < -1 || entry.mask >= index.num_masks) && !fault(11))
+        entry.key = entry.mask = -1;  // its bits would still be read
     }
   } else {
     const int64_t column = keys.column_begin + (slot - keys.block_slots);
