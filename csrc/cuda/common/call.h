@@ -13,7 +13,7 @@
 namespace sparse_attn::cuda {
 
 // Test builds compile faults in, of which SPARSE_ATTN_FAULT in the environment seeds one by its
-// number; tests/test_cuda_faults.py has the list. Everywhere else they cost nothing.
+// number, those of fault(number) in the kernels. Everywhere else they cost nothing.
 #if defined(SPARSE_ATTN_FAULTS) && defined(__CUDACC__)
 static __device__ int seeded_fault;
 __device__ inline bool fault(int number) {
