@@ -256,24 +256,18 @@ def test_the_command(saved, capsys):
     for report in ("report.html", "report.png"):
         assert command(saved, "--report", str(saved / report)) == 0
     printed = capsys.readouterr().out
-    assert "layer 3 of 3" in printed and "enable(HeadPlan.load(" in printed
+    assert "layer 3 of 3" in printed and ".enable(model)" in printed
     plan = HeadPlan.load(saved / "plan.json")
     model = transformers.AutoModelForCausalLM.from_pretrained(saved / "model")
     plan.check_model(model)
     found = plan.measured["check"]
     assert found["tokens"] == 100 and math.isfinite(found["plan_perplexity"])
     page = (saved / "report.html").read_text()
-    assert page.count("<svg") == 2 and "enable(HeadPlan.load(" in page and "model" in page
+    assert page.count("<svg") == 2 and ".enable(model)" in page and "model" in page
     assert (saved / "report.png").read_bytes().startswith(b"\x89PNG")
     # the lines that it says to paste
-    lines = printed[printed.rindex("from sparse_attn import HeadPlan") :]
-    exec(lines, {"model": model})
-    from transformers.modeling_utils import AttentionInterface
-
-    AttentionInterface._global_mapping.pop("sparse_attn")
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionMaskInterface._global_mapping.pop("sparse_attn")
+    exec(printed[printed.rindex("from sparse_attn import HeadPlan") :], {"model": model})
+    assert model.config._attn_implementation.startswith("sparse_attn_plan_")
 
 
 def test_dry_run_writes_nothing(saved, capsys):

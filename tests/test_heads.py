@@ -388,6 +388,34 @@ def test_a_plan_knows_its_model():
         plan.check_model(model)
 
 
+def test_two_models_with_two_plans():
+    from transformers.modeling_utils import AttentionInterface
+
+    models, before = [llama(), llama(heads_kv=4)], dict(AttentionInterface._global_mapping)
+    plans = [
+        HeadPlan([[PlannedHead(AShape(2, window))] * 4] * 2, num_heads_kv=heads_kv)
+        for window, heads_kv in ((16, 2), (40, 4))
+    ]
+    ids = torch.randint(1, 97, (1, 90), generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def logits(model):
+        return model(ids).logits
+
+    dense = [logits(model) for model in models]
+    with plans[0].enable(models[0]):
+        alone = logits(models[0])
+        with plans[1].enable(models[1]):
+            assert torch.equal(logits(models[0]), alone)
+            assert not torch.equal(logits(models[1]), dense[1])
+    assert not torch.equal(alone, dense[0])
+    assert all(torch.equal(logits(model), x) for model, x in zip(models, dense))
+    assert AttentionInterface._global_mapping == before
+    with pytest.raises(ValueError, match="num_heads_kv=2 in the plan .* the model has 4"):
+        plans[0].enable(models[1])
+    assert AttentionInterface._global_mapping == before
+
+
 def test_the_hash_is_that_of_the_config_file(tmp_path):
     model = llama()
     model.config.save_pretrained(tmp_path)

@@ -145,7 +145,7 @@ def _forecast(model: Any, tokens: int) -> str:
     lines, total = [], 0.0
     for pattern in (Dense(), *default_candidates(tokens)):
         start = time.thread_time()
-        attention(q, k, v, pattern)
+        attention(q, k, v, pattern, fallback=False)
         spent = (time.thread_time() - start) * heads * layers
         total += spent
         lines.append(f"{spent:8.1f} s  {pattern}")
@@ -156,36 +156,44 @@ def _forecast(model: Any, tokens: int) -> str:
 
 
 @torch.no_grad()
+def reading(model: Any, ids: Tensor, choice: Any, start: int = 1) -> tuple[float, float]:
+    """One pass over a text: perplexity from token `start` on, and attention's processor seconds.
+
+    Args:
+        model: a transformers model; it is left as it was.
+        ids: int64 [1, tokens].
+        choice: what `integrations.transformers.enable` takes.
+        start: first position that is scored, at least 1.
+    """
+    spent = 0.0
+
+    def clocked(function: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal spent
+        begin = time.process_time()
+        out = function(*args, **kwargs)
+        spent += time.process_time() - begin
+        return out
+
+    before = model.config._attn_implementation
+    with enable(choice, name="sparse_attn_check") as handle:
+        model.set_attn_implementation(handle.name)
+        try:
+            with wrapped_attention(handle.name, clocked):
+                hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        finally:
+            model.set_attn_implementation(before)
+        return math.exp(answer_nll(model, hidden, ids, start)[0]), spent
+
+
 def check(model: Any, ids: Tensor, plan: HeadPlan) -> dict[str, float]:
     """Perplexity and attention's processor time over `ids`, exact and with the plan."""
     found: dict[str, float] = {"tokens": ids.shape[1]}
-    before = model.config._attn_implementation
     for name, choice in (("dense", "dense"), ("plan", plan)):
-        spent = 0.0
-
-        def clocked(function: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            start = time.process_time()
-            out = function(*args, **kwargs)
-            spent += time.process_time() - start
-            return out
-
-        with enable(choice, name="sparse_attn_check") as handle:
-            model.set_attn_implementation(handle.name)
-            try:
-                with wrapped_attention(handle.name, clocked):
-                    hidden = model.base_model(ids, use_cache=False).last_hidden_state
-            finally:
-                model.set_attn_implementation(before)
-        found[f"{name}_perplexity"] = round(math.exp(answer_nll(model, hidden, ids, 1)[0]), 4)
-        found[f"{name}_attention_cpu_s"] = round(spent, 3)
+        perplexity, seconds = reading(model, ids, choice)
+        found[f"{name}_perplexity"] = round(perplexity, 4)
+        found[f"{name}_attention_cpu_s"] = round(seconds, 3)
     return found
 
 
 def _lines_to_paste(file: str) -> str:
-    return (
-        "from sparse_attn import HeadPlan\n"
-        "from sparse_attn.integrations.transformers import enable\n"
-        f"enable(HeadPlan.load({file!r}).check_model(model))\n"
-        'model.set_attn_implementation("sparse_attn")'
-    )
+    return f"from sparse_attn import HeadPlan\nHeadPlan.load({file!r}).enable(model)"

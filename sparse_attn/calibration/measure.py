@@ -135,7 +135,9 @@ class _Heads:
         sinks = None if self.sinks is None else self.sinks[head : head + 1]
         tensors = (self.q[:, head : head + 1], self.k[:, kv], self.v[:, kv])
         begin = time.thread_time()
-        out, lse = attention(*tensors, pattern, sinks=sinks, return_lse=True, **self.options)
+        out, lse = attention(
+            *tensors, pattern, sinks=sinks, return_lse=True, fallback=False, **self.options
+        )
         return out.float(), lse, (time.thread_time() - begin) * 1e3
 
     def square(self, head: int, x: Tensor) -> float:

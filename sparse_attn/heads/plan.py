@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import itertools
 import json
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_attn.heads.described import describe, pattern_schema, pattern_types, undescribe
 from sparse_attn.patterns import Pattern, PerHead
+
+if TYPE_CHECKING:
+    from sparse_attn.integrations.transformers import Handle
 
 SCHEMA = "sparse_attn/head_plan/1"
 """What `schema` says in a file of this version."""
 SCHEMA_FILE = "head_plan.schema.json"
 
+_NUMBERS = itertools.count()
 _HASHED = (
     "model_type",
     "vocab_size",
@@ -72,9 +77,8 @@ class PlannedHead:
 class HeadPlan:
     """A pattern per layer and query head of a model.
 
-    Pass it where a pattern per layer is taken: ``enable(plan)`` of
-    `sparse_attn.integrations.transformers`. Called with the number of a layer it gives that
-    layer's pattern.
+    ``plan.enable(model)`` lets a transformers model use it. Called with the number of a layer it
+    gives that layer's pattern, so that it can be passed wherever a pattern per layer is taken.
 
     Attributes:
         layers: the heads of each layer.
@@ -185,6 +189,32 @@ class HeadPlan:
                 "for it, or drop config_hash if you know that it fits."
             )
         return self
+
+    def enable(self, model: Any, *, decode: Any = "dense") -> Handle:
+        """Lets a transformers model attend by this plan, until the handle is disabled.
+
+        Two models may have two plans at once.
+
+        Args:
+            model: whose attention implementation is set.
+            decode: what passes of a few rows see; see `integrations.transformers.enable`.
+
+        Returns:
+            A handle; ``disable()`` it, or use it in a ``with`` statement, and the model has the
+            implementation that it had.
+
+        Raises:
+            ImportError: transformers is missing.
+            ValueError: the plan does not fit the model.
+        """
+        from sparse_attn.integrations.transformers import enable
+
+        self.check_model(model)
+        before = model.config._attn_implementation
+        handle = enable(self, decode=decode, name=f"sparse_attn_plan_{next(_NUMBERS)}")
+        model.set_attn_implementation(handle.name)
+        handle._undo.append(lambda: model.set_attn_implementation(before))
+        return handle
 
     def counts(self) -> dict[str, int]:
         """How many heads have each pattern (its text), most first."""
