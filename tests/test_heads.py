@@ -173,7 +173,9 @@ def test_plans_that_are_wrong():
 
 def test_the_schema_that_ships_is_that_of_the_code():
     file = Path(sparse_attn.heads.__file__).with_name(SCHEMA_FILE)
-    assert json.loads(file.read_text()) == schema()
+    assert json.loads(file.read_text()) == schema(), (
+        "write it anew: see CONTRIBUTING, Add a pattern"
+    )
     assert set(schema()["$defs"]) >= {"pattern", "AShape", "HiPStage", "VerticalSlash"}
 
 

@@ -409,6 +409,12 @@ def schema() -> dict[str, Any]:
     }
 
 
+def write_schema() -> None:
+    """Writes head_plan.schema.json into the package's folder, for developers of patterns."""
+    file = Path(__file__).with_name(SCHEMA_FILE)
+    file.write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------ checks
 
 _PLAN_KEYS = {"schema": str, "model": dict, "layers": list, "created_by?": str, "measured?": dict}
