@@ -84,11 +84,11 @@ def visible(index, heads, offset, causal):
 @settings(max_examples=220, phases=(Phase.explicit, Phase.generate))  # shrinking takes minutes
 @given(
     seed=st.integers(0, 2**31 - 1),
-    batch=st.integers(1, 2),
+    batch=st.sampled_from([1, 1, 2, 3]),
     heads_kv=st.integers(1, 2),
     group=st.integers(1, 3),
-    seqlen_q=st.integers(1, 150),
-    more=st.integers(0, 90),
+    seqlen_q=st.one_of(*[st.integers(1, 130)] * 5, st.integers(1, 400)),  # the oracle is slow
+    more=st.one_of(*[st.integers(0, 90)] * 5, st.integers(0, 300)),
     q_offset=st.one_of(st.none(), st.integers(-40, 120)),
     causal=st.booleans(),
     step=st.integers(1, 3),

@@ -143,7 +143,7 @@ def test_top_p_of_one_keeps_every_allowed_block():
 
 @settings(max_examples=220, deadline=None)
 @given(
-    problems(most=260),
+    problems(most=700),
     st.sampled_from([(4, 16, 16), (8, 16, 24), (16, 64, 32), (16, 128, 128), (8, 32, 8)]),
     st.sampled_from([0.3, 0.6, 0.9]),
 )
@@ -210,7 +210,7 @@ def test_xattention_in_chunks_equals_one_shot():
 
 @settings(max_examples=220, deadline=None)
 @given(
-    problems(most=500),
+    problems(most=700),
     st.sampled_from([{"top_p": 0.5}, {"top_p": 0.9}, {"top_p": None, "density": 0.4}]),
     st.sampled_from([-0.5, 0.02, 0.05, 0.1, 0.9]),
     st.sampled_from([(16, 8), (128, 64), (32, 32)]),
@@ -259,7 +259,7 @@ def test_sparge_keeps_blocks_that_no_mean_stands_for():
 
 @settings(max_examples=220, deadline=None)
 @given(
-    problems(most=350),
+    problems(most=700),
     st.sampled_from([0.3, 0.6, 0.9, 1.0]),
     st.sampled_from([0.0, 0.15, 0.3, 1.0]),
     st.sampled_from([(0, None), (16, None), (32, 64), (0, 16)]),
@@ -316,8 +316,8 @@ def test_flexprefill_keeps_its_promises(problem, one, other, tau):
 # ------------------------------------------------------------------------------ gates
 
 
-@settings(max_examples=100, deadline=None)
-@given(problems(most=400), st.sampled_from(BUDGETS), st.booleans(), st.sampled_from([1, 16, 64]))
+@settings(max_examples=220, deadline=None)
+@given(problems(most=700), st.sampled_from(BUDGETS), st.booleans(), st.sampled_from([1, 16, 64]))
 def test_given_scores_equal_the_rule(problem, budget, by_kv_head, block_m):
     q, k, options = problem
     grid = grid_of(q, k, options, block_m, 16, 1, 1)
