@@ -1,0 +1,591 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decode attention over a SparseIndex: few query rows, many keys.
+//
+// Tiling: 16 or 64 packed rows (the query heads of a KV head that share lists, so that the cache is
+// read once for all of them) by chunks of 64 keys. With 16 rows each of the four warps takes 16 keys
+// of every chunk and keeps a softmax of its own; with 64 each takes 16 rows. The warps' results meet
+// in shared memory when a CTA leaves a tile.
+//
+// Memory: chunks arrive by cp.async in a ring of K and V tiles in turn, one barrier a tile. The keys
+// of a chunk are looked up (lists, pages, biases, masks) before its copy is issued, by 64 threads.
+// Q stays in registers. Keys that no row may see, and whatever lies out of bounds, are zero-filled.
+//
+// Numerics: mma.sync with f32 accumulators, softmax in base 2 and f32, P rounded to the input's type.
+//
+// Source: FlashAttention-2 (arXiv 2307.08691) for the softmax; Stream-K (arXiv 2301.03598) for the
+// shares; Rabe & Staats (arXiv 2112.05682) for merging.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/numeric_conversion.h>
+
+#include "schedule.cuh"
+
+namespace sparse_attn::cuda {
+
+using namespace cute;
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+constexpr bool fault(int number) {
+  return SPARSE_ATTN_FAULT == number;
+}
+
+// Where the keys of a chunk lie and who sees them.
+struct Lookup {
+  int32_t batch[kDecodeKeys];  // index into k's and v's first axis: the batch, or the page
+  int32_t row[kDecodeKeys];
+  int32_t key[kDecodeKeys];    // position in the sequence, -1: hidden from all rows
+  float bias[kDecodeKeys];     // base 2
+  uint32_t bits[kDecodeKeys];  // bit i: row i of the list's tile sees the key
+  uint32_t plain[2];           // bit i: all rows see key i (or 32 + i), without bias
+};
+
+// The CTA's part of a tile: its rows and its keys.
+struct DecodePart {
+  DecodeSequence sequence;
+  DecodeTile tile;
+  DecodeKeys keys;
+  int64_t first_slot;
+  int32_t chunks;
+};
+
+template <class C>
+struct DecodeLayouts {
+  using Element = typename C::Element;
+  static constexpr int kColumns = C::kHeadDim % 64 == 0 ? 64 : 32;
+  using Swizzled = decltype(composition(Swizzle<kColumns == 64 ? 3 : 2, 3, 3>{},
+                                        Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
+  using Tile = decltype(tile_to_shape(Swizzled{}, Shape<Int<kDecodeKeys>, Int<C::kHeadDim>>{}));
+  using Rows = decltype(tile_to_shape(Swizzled{}, Shape<Int<C::kTileRows>, Int<C::kHeadDim>>{}));
+  using Transposed = decltype(composition(
+      Tile{}, make_layout(Shape<Int<C::kHeadDim>, Int<kDecodeKeys>>{}, GenRowMajor{})));
+  using Atom = conditional_t<is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
+                             SM80_16x8x16_F32BF16BF16F32_TN>;
+  // One warp: every warp multiplies tiles of its own.
+  using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_1, _1, _1>>, cute::Tile<_16, _16, _16>>;
+  static constexpr int kTileElements = cosize_v<Tile>;
+  static constexpr int kOutStride = C::kHeadDim + 8;  // floats; shifts the banks from row to row
+};
+
+template <class C>
+struct DecodeShared {
+  using L = DecodeLayouts<C>;
+  union {
+    struct {
+      alignas(128) typename C::Element ring[C::kRing][L::kTileElements];
+      typename C::Element q[C::kSharedQ ? C::kTileRows * C::kHeadDim : 8];
+    };
+    // Unnormalised, once the ring is drained; behind a row its maximum (base 2) and its sum.
+    float out[kDecodeWarps][16][L::kOutStride];
+  };
+  Lookup lookup[C::kLookups];
+  DecodePart part;
+};
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh with an absolute error of 2e-7, from the same exponential.
+__device__ inline float tanh_fast(float x) {
+  return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
+}
+
+// Two numbers rounded to a type, as bits, the first one low.
+template <class Element>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  cutlass::Array<Element, 2> pair =
+      cutlass::NumericArrayConverter<Element, float, 2>::convert({low, high});
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// 16 bytes to shared memory, or zeros.
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   cast_smem_ptr_to_uint(to)),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+template <class Element>
+__device__ inline const Element* row_of(const TensorView& x, int64_t batch, int64_t head,
+                                        int64_t row) {
+  return reinterpret_cast<const Element*>(x.data) + batch * x.batch_stride + head * x.head_stride +
+         row * x.row_stride;
+}
+
+// Copies of a CTA. All it needs of the tile lies in shared memory: registers are for the products.
+template <class C>
+struct DecodeWork {
+  using Element = typename C::Element;
+  using L = DecodeLayouts<C>;
+
+  const DecodeParams& p;
+  DecodeShared<C>& shared;
+
+  // The key, bias and mask bits of a slot; key -1: none.
+  __device__ int32_t find_key(int64_t slot, float& bias, uint32_t& bits) const {
+    const IndexView& index = p.call.index;
+    const DecodeKeys& keys = shared.part.keys;
+    int64_t key = -1;
+    bias = 0.0f;
+    bits = ~0u;
+    if (slot >= keys.slots) return -1;
+    if (keys.kind != kListed) {
+      key = slot < keys.lead ? slot : keys.window_begin + (slot - keys.lead);
+    } else if (slot < keys.block_slots) {
+      const int64_t block = keys.block_begin + slot / index.block_n;
+      const int32_t within = static_cast<int32_t>(slot % index.block_n);
+      const int64_t start = index.block_indices[block];
+      key = start < 0 ? -1 : start + within;
+      const int32_t mask = index.block_bits_ids ? index.block_bits_ids[block] : -1;
+      if (mask >= index.num_masks || mask < -1) return -1;
+      if (mask >= 0) {
+        // Lists of decode have at most 64 rows that matter: the first word of a key's bits.
+        const int64_t words = (index.block_m + 63) / 64;
+        bits = static_cast<uint32_t>(
+            index.block_bits[(int64_t{mask} * index.block_n + within) * words]);
+      }
+    } else {
+      const int64_t column = keys.column_begin + (slot - keys.block_slots);
+      key = index.column_indices[column];
+      if (index.column_bias) bias = index.column_bias[column] * kLog2e;
+    }
+    return key < 0 || (key >= keys.hi && !fault(27)) ? -1 : static_cast<int32_t>(key);
+  }
+
+  // Where a key's row lies; false if its page does not exist.
+  __device__ bool locate(int32_t key, int32_t& batch, int32_t& row) const {
+    const DecodeSequence& sequence = shared.part.sequence;
+    const PageView& pages = p.call.pages;
+    row = static_cast<int32_t>(sequence.k_start + key);
+    batch = static_cast<int32_t>(sequence.batch);
+    if (pages.block_table == nullptr) return true;
+    const int32_t entry = row / static_cast<int32_t>(pages.page_size);
+    row -= entry * static_cast<int32_t>(pages.page_size);
+    batch = pages.block_table[(fault(24) ? 0 : shared.part.tile.sequence) * pages.max_pages + entry];
+    return fault(25) || (batch >= 0 && batch < p.num_pages);
+  }
+
+  // Looks a chunk's keys up; the first 64 threads.
+  __device__ void look_up(int32_t chunk) const {
+    const int i = threadIdx.x;
+    if (i >= kDecodeKeys) return;
+    const DecodeKeys& keys = shared.part.keys;
+    Lookup& to = shared.lookup[chunk % C::kLookups];
+    float bias = 0.0f;
+    uint32_t bits = ~0u;
+    int32_t key = -1, batch = 0, row = 0;
+    if (chunk < shared.part.chunks)
+      key = find_key(shared.part.first_slot + int64_t{chunk} * kDecodeKeys + i, bias, bits);
+    if (key >= 0 && !locate(key, batch, row)) key = -1;
+    const bool plain =
+        key >= 0 && key < keys.min_hi && bias == 0.0f && bits == ~0u &&
+        (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
+    to.key[i] = key;
+    to.batch[i] = batch;
+    to.row[i] = row;
+    to.bias[i] = bias;
+    to.bits[i] = bits;
+    const uint32_t all = __ballot_sync(0xffffffffu, plain);
+    if (i % 32 == 0) to.plain[i / 32] = all;
+  }
+
+  // Begins the copy of a ring tile: tile 2c holds K of chunk c, tile 2c + 1 its V. Commits always, so
+  // that waiting counts tiles.
+  __device__ void copy_tile(int32_t number) const {
+    const int32_t chunk = number / 2;
+    if (chunk < shared.part.chunks) {
+      const AttentionParams& call = p.call;
+      const bool is_v = number % 2 != 0;
+      const TensorView& view = is_v ? call.v : call.k;
+      const int32_t dim = is_v ? call.head_dim_v : call.head_dim;
+      const int64_t group = call.num_heads / call.num_heads_kv;
+      const int64_t head = shared.part.tile.first_head;
+      const Element* base =
+          row_of<Element>(view, 0, fault(30) ? head % call.num_heads_kv : head / group, 0);
+      const Lookup& from = shared.lookup[chunk % C::kLookups];
+      Tensor to = make_tensor(make_smem_ptr(shared.ring[number % C::kRing]), typename L::Tile{});
+      constexpr int kVectors = C::kHeadDim / 8;
+#pragma unroll 4  // all at once the addresses would cost too many registers
+      for (int i = 0; i < kDecodeKeys * kVectors / kDecodeThreads; ++i) {
+        const int vector = threadIdx.x + i * kDecodeThreads;
+        const int row = vector / kVectors, column = vector % kVectors * 8;
+        const bool valid = from.key[row] >= 0 && column < dim;
+        const int64_t offset =
+            from.batch[row] * view.batch_stride + from.row[row] * view.row_stride + column;
+        copy_async(&to(row, column), valid ? base + offset : base, valid);
+      }
+    }
+    cp_async_fence();
+  }
+
+  __device__ int32_t packed_head(int r) const {
+    const DecodeTile& tile = shared.part.tile;
+    return tile.first_head + (tile.begin + r) / tile.rows_per_head;
+  }
+  __device__ int32_t packed_row(int r) const {  // in the sequence
+    const DecodeTile& tile = shared.part.tile;
+    return tile.first_row + (tile.begin + r) % tile.rows_per_head;
+  }
+  __device__ const Element* q_row(int r) const {
+    const DecodeSequence& sequence = shared.part.sequence;
+    return row_of<Element>(p.call.q, sequence.batch, packed_head(r),
+                           sequence.q_start + packed_row(r));
+  }
+
+  // The A fragments of Q, straight from global memory; zeros past the rows and the head_dim.
+  template <class Fragment>
+  __device__ void load_q(Fragment& rQ, int warp_row, int lane) const {
+    Tensor words = recast<uint32_t>(rQ);  // ((row half, column half), 1, k step)
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int r = warp_row + half * 8 + lane / 4;
+      const bool valid = r < shared.part.tile.rows;
+      const Element* row = valid ? q_row(r) : nullptr;
+      CUTE_UNROLL
+      for (int step = 0; step < C::kHeadDim / 16; ++step) {
+        CUTE_UNROLL
+        for (int side = 0; side < 2; ++side) {
+          const int column = step * 16 + side * 8 + lane % 4 * 2;
+          words(half + 2 * side + 4 * step) =
+              valid && column < p.call.head_dim ? *reinterpret_cast<const uint32_t*>(row + column)
+                                                : 0u;
+        }
+      }
+    }
+  }
+
+  // The same to shared memory, as part of the next group of copies.
+  __device__ void copy_q() const {
+    Tensor to = make_tensor(make_smem_ptr(shared.q), typename L::Rows{});
+    constexpr int kVectors = C::kHeadDim / 8;
+    for (int i = threadIdx.x; i < C::kTileRows * kVectors; i += kDecodeThreads) {
+      const int r = i / kVectors, column = i % kVectors * 8;
+      const bool valid = r < shared.part.tile.rows && column < p.call.head_dim;
+      const Element* base = reinterpret_cast<const Element*>(p.call.q.data);
+      copy_async(&to(r, column), valid ? q_row(r) + column : base, valid);
+    }
+  }
+};
+
+// The softmax of a thread's two rows: maximum (base 2), sum over the thread's own columns.
+struct RowState {
+  float top[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0.0f, 0.0f};
+};
+
+// What a thread's two rows see.
+struct RowSight {
+  RowWindow window[2];
+  uint32_t bit[2];
+};
+
+template <class C>
+__device__ inline RowSight row_sight(const DecodeWork<C>& work, int warp_row, int lane) {
+  const DecodePart& part = work.shared.part;
+  RowSight sight;
+  CUTE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int r = warp_row + half * 8 + lane / 4;
+    sight.window[half] = {0, 0, 0};
+    sight.bit[half] = 0;
+    if (r >= part.tile.rows) continue;
+    const int32_t row = work.packed_row(r);
+    sight.window[half] =
+        row_window(work.p, part.sequence, head_row(work.p, part.tile.index_head), row);
+    sight.bit[half] = 1u << (row - part.tile.first_row);
+  }
+  return sight;
+}
+
+// Logits in base 2 from the products of 16 rows and the warp's keys; accumulators are the columns
+// 8 n + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4 + 8.
+template <class C, class Scores>
+__device__ inline void scale_and_mask(const DecodeWork<C>& work, const Lookup& lookup,
+                                      const RowSight& sight, int warp_key, int lane,
+                                      Scores& scores) {
+  const AttentionParams& call = work.p.call;
+  if (call.softcap == 0.0f) {
+    const float scale = call.softmax_scale * kLog2e;
+    CUTE_UNROLL
+    for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
+  } else {
+    const float scale = call.softmax_scale / call.softcap, cap = call.softcap * kLog2e;
+    CUTE_UNROLL
+    for (int i = 0; i < size(scores); ++i) scores(i) = cap * tanh_fast(scores(i) * scale);
+  }
+  constexpr uint32_t kAll = C::kWarpKeys == 64 ? ~0u : (1u << (C::kWarpKeys % 32)) - 1;
+  bool plain;
+  if constexpr (C::kWarpKeys == 64) {
+    plain = (lookup.plain[0] & lookup.plain[1]) == ~0u;
+  } else {
+    plain = ((lookup.plain[warp_key / 32] >> (warp_key % 32)) & kAll) == kAll;
+  }
+  if (plain) return;
+  const int32_t lead = work.shared.part.keys.lead;
+  CUTE_UNROLL
+  for (int n = 0; n < C::kWarpKeys / 8; ++n) {
+    CUTE_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      const int i = warp_key + n * 8 + lane % 4 * 2 + side;
+      const int32_t key = lookup.key[i];
+      const uint32_t bits = lookup.bits[i];
+      const float bias = lookup.bias[i];
+      CUTE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const RowWindow& w = sight.window[half];
+        const bool seen = key >= 0 && key < w.outer_hi + (fault(29) ? 1 : 0) &&
+                          (key < lead || (key >= w.lo && key < w.hi)) &&
+                          ((bits & sight.bit[half]) != 0 || fault(28));
+        float& score = scores(side + 2 * half, 0, n);
+        score = seen ? score + bias : -INFINITY;
+      }
+    }
+  }
+}
+
+// Turns logits into weights and rescales what was summed up to now.
+template <class Scores, class Out>
+__device__ inline void softmax_step(RowState& state, Scores& scores, Out& out) {
+  CUTE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float top = state.top[half];
+    CUTE_UNROLL
+    for (int n = 0; n < size<2>(scores); ++n)
+      top = fmaxf(top, fmaxf(scores(2 * half, 0, n), scores(2 * half + 1, 0, n)));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float base = top == -INFINITY ? 0.0f : top;  // -inf minus -inf would be NaN
+    const float rescale = exp2_fast(state.top[half] - base);
+    float sum = 0.0f;
+    CUTE_UNROLL
+    for (int n = 0; n < size<2>(scores); ++n) {
+      CUTE_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        float& score = scores(2 * half + side, 0, n);
+        score = exp2_fast(score - base);
+        sum += score;
+      }
+    }
+    state.sum[half] = state.sum[half] * rescale + sum;
+    state.top[half] = top;
+    if (fault(31)) continue;
+    CUTE_UNROLL
+    for (int n = 0; n < size<2>(out); ++n) {
+      out(2 * half, 0, n) *= rescale;
+      out(2 * half + 1, 0, n) *= rescale;
+    }
+  }
+}
+
+// Runs through the CTA's part of a tile; leaves each warp's unnormalised rows, their maxima and sums
+// in shared memory.
+template <class C>
+__device__ inline void attend(const DecodeWork<C>& work) {
+  using Element = typename C::Element;
+  using L = DecodeLayouts<C>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp % C::kWarpsM * 16, warp_n = warp / C::kWarpsM;
+  DecodeShared<C>& shared = work.shared;
+
+  typename L::Mma mma;
+  auto slice = mma.get_slice(lane);
+  const auto plain_k = make_layout(Shape<Int<C::kWarpKeys>, Int<C::kHeadDim>>{});
+  const auto plain_v = make_layout(Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{});
+  Element* const none = nullptr;
+  Tensor rQ = slice.partition_fragment_A(
+      make_tensor(make_smem_ptr(none), make_layout(Shape<_16, Int<C::kHeadDim>>{})));
+  Tensor rP = slice.partition_fragment_A(
+      make_tensor(make_smem_ptr(none), make_layout(Shape<_16, Int<C::kWarpKeys>>{})));
+  Tensor rK = slice.partition_fragment_B(make_tensor(make_smem_ptr(none), plain_k));
+  Tensor rV = slice.partition_fragment_B(make_tensor(make_smem_ptr(none), plain_v));
+  Tensor scores = partition_fragment_C(mma, Shape<_16, Int<C::kWarpKeys>>{});
+  Tensor out = partition_fragment_C(mma, Shape<_16, Int<C::kHeadDim>>{});
+  auto copy_k = make_tiled_copy_B(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma).get_slice(lane);
+  auto copy_v = make_tiled_copy_B(Copy_Atom<SM75_U16x8_LDSM_T, Element>{}, mma).get_slice(lane);
+  Tensor rK_copy = copy_k.retile_D(rK);
+  Tensor rV_copy = copy_v.retile_D(rV);
+
+  auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma).get_slice(lane);
+  Tensor rQ_copy = copy_q.retile_D(rQ);
+  Tensor sQ_copy = copy_q.partition_S(
+      local_tile(make_tensor(make_smem_ptr(shared.q), typename L::Rows{}),
+                 Shape<_16, Int<C::kHeadDim>>{}, make_coord(warp % C::kWarpsM, 0)));
+
+  RowState state;
+  clear(out);
+  const int32_t chunks = shared.part.chunks;
+  for (int c = 0; c < C::kRing / 2; ++c) work.look_up(c);
+  __syncthreads();
+  if constexpr (C::kSharedQ)
+    work.copy_q();
+  else
+    work.load_q(rQ, warp_row, lane);
+  for (int t = 0; t < C::kRing - 1; ++t) work.copy_tile(t);
+  const RowSight sight = row_sight(work, warp_row, lane);
+
+  // Tile t has landed and nobody reads tile t - 1 any more: its place takes the next copy.
+  const auto next_tile = [&](int32_t t) {
+    cp_async_wait<C::kRing - 2 + (fault(21) ? 1 : 0)>();
+    if (!fault(22)) __syncthreads();
+    work.copy_tile(t + C::kRing - 1);
+  };
+  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
+    next_tile(2 * chunk);
+    work.look_up(chunk + C::kRing / 2);
+    Tensor sK = local_tile(
+        make_tensor(make_smem_ptr(shared.ring[2 * chunk % C::kRing]), typename L::Tile{}),
+        Shape<Int<C::kWarpKeys>, Int<C::kHeadDim>>{}, make_coord(warp_n, 0));
+    Tensor sK_copy = copy_k.partition_S(sK);
+    clear(scores);
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rQ); ++step) {
+      if constexpr (C::kSharedQ)
+        copy(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, sQ_copy(_, _, step), rQ_copy(_, _, step));
+      copy(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, sK_copy(_, _, step), rK_copy(_, _, step));
+      gemm(mma, rQ(_, _, step), rK(_, _, step), scores);
+    }
+    scale_and_mask(work, shared.lookup[chunk % C::kLookups], sight, warp_n * C::kWarpKeys, lane,
+                   scores);
+    softmax_step(state, scores, out);
+    Tensor words = recast<uint32_t>(rP);
+    CUTE_UNROLL
+    for (int n = 0; n < size<2>(scores); ++n) {
+      words(2 * n) = pack_pair<Element>(scores(0, 0, n), scores(1, 0, n));
+      words(2 * n + 1) = pack_pair<Element>(scores(2, 0, n), scores(3, 0, n));
+    }
+
+    next_tile(2 * chunk + 1);
+    Tensor sV = local_tile(
+        make_tensor(make_smem_ptr(shared.ring[(2 * chunk + 1) % C::kRing]), typename L::Transposed{}),
+        Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{}, make_coord(0, warp_n));
+    Tensor sV_copy = copy_v.partition_S(sV);
+    CUTE_UNROLL
+    for (int step = 0; step < size<2>(rP); ++step) {
+      copy(Copy_Atom<SM75_U16x8_LDSM_T, Element>{}, sV_copy(_, _, step), rV_copy(_, _, step));
+      gemm(mma, rP(_, _, step), rV(_, _, step), out);
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // the ring's memory becomes `out`
+  CUTE_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int r = half * 8 + lane / 4;
+    float sum = state.sum[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (lane % 4 == 0) {
+      shared.out[warp][r][C::kHeadDim] = state.top[half];
+      shared.out[warp][r][C::kHeadDim + 1] = sum;
+    }
+    CUTE_UNROLL
+    for (int n = 0; n < size<2>(out); ++n)
+      *reinterpret_cast<float2*>(&shared.out[warp][r][n * 8 + lane % 4 * 2]) =
+          make_float2(out(2 * half, 0, n), out(2 * half + 1, 0, n));
+  }
+  __syncthreads();
+}
+
+// Adds the warps' rows up and writes them: as the result, or as piece number `piece`.
+template <class C>
+__device__ inline void write_rows(const DecodeWork<C>& work, int64_t piece) {
+  using Element = typename C::Element;
+  const DecodeParams& p = work.p;
+  const AttentionParams& call = p.call;
+  const DecodeSequence& sequence = work.shared.part.sequence;
+  const int columns = call.head_dim_v / 4;
+  for (int i = threadIdx.x; i < work.shared.part.tile.rows * columns; i += kDecodeThreads) {
+    const int r = i / columns, column = i % columns * 4;
+    const int32_t head = work.packed_head(r);
+    const int64_t row = sequence.q_start + work.packed_row(r);
+    // Rows of 16 are in all four warps, rows of 64 in one.
+    const auto& rows = work.shared.out;
+    const int first_warp = r / 16;
+    const float sink =
+        call.sinks != nullptr && (piece < 0 || fault(32)) ? call.sinks[head] * kLog2e : -INFINITY;
+    float top = sink;
+    CUTE_UNROLL
+    for (int w = 0; w < C::kWarpsN; ++w)
+      top = fmaxf(top, rows[first_warp + w][r % 16][C::kHeadDim]);
+    const float base = top == -INFINITY ? 0.0f : top;
+    float sum = exp2_fast(sink - base);
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    CUTE_UNROLL
+    for (int w = 0; w < C::kWarpsN; ++w) {
+      const float* from = rows[first_warp + w][r % 16];
+      const float weight = fault(26) ? 1.0f : exp2_fast(from[C::kHeadDim] - base);
+      const float4 part = *reinterpret_cast<const float4*>(from + column);
+      sum += weight * from[C::kHeadDim + 1];
+      out.x += weight * part.x;
+      out.y += weight * part.y;
+      out.z += weight * part.z;
+      out.w += weight * part.w;
+    }
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float lse = sum == 0.0f ? -INFINITY : top + log2f(sum);
+    if (piece >= 0) {
+      const int64_t slot = piece * C::kTileRows + r;
+      *reinterpret_cast<float4*>(p.piece_out + slot * call.head_dim_v + column) =
+          make_float4(out.x * factor, out.y * factor, out.z * factor, out.w * factor);
+      if (column == 0) p.piece_lse[slot] = lse;
+    } else {
+      auto* to = const_cast<Element*>(row_of<Element>(call.out, sequence.batch, head, row)) + column;
+      *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair<Element>(out.x * factor, out.y * factor),
+                                                 pack_pair<Element>(out.z * factor, out.w * factor));
+      if (column == 0)
+        call.lse[(sequence.batch * call.num_heads + head) * call.seqlen_q + row] = lse * kLn2;
+    }
+  }
+}
+
+// Tile that chunk number `chunk` belongs to: the last one that begins at or before it.
+__device__ inline int64_t tile_of_chunk(const DecodeParams& p, int64_t chunk) {
+  int64_t low = 0, high = p.tiles;  // first_chunk[low] <= chunk < first_chunk[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (p.first_chunk[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <class C>
+__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DecodeParams p) {
+  extern __shared__ __align__(128) char shared_bytes[];
+  auto& shared = *reinterpret_cast<DecodeShared<C>*>(shared_bytes);
+  const int64_t share = p.first_chunk[p.tiles + 1];
+  int64_t chunk = blockIdx.x * share;
+  const int64_t end = min(chunk + share, p.first_chunk[p.tiles]);
+  if (chunk >= end) return;
+  const DecodeWork<C> work{p, shared};
+  for (int64_t id = tile_of_chunk(p, chunk); chunk < end; ++id) {
+    const int64_t tile_begin = p.first_chunk[id], tile_end = p.first_chunk[id + 1];
+    if (tile_end <= chunk) continue;  // a tile without rows
+    __syncthreads();  // nobody needs the last tile's part any more
+    if (threadIdx.x == 0) {
+      DecodePart& part = shared.part;
+      const int64_t units = p.call.num_heads / p.heads_per_unit;
+      part.sequence = decode_sequence(p, id / p.tiles_per_unit / units);
+      part.tile = decode_tile(p, id, part.sequence);
+      part.keys = decode_keys(p, part.sequence, part.tile);
+      part.first_slot = (chunk - tile_begin) * kDecodeKeys;
+      part.chunks = static_cast<int32_t>(min(end, tile_end) - chunk);
+    }
+    __syncthreads();
+    attend(work);
+    // A CTA leaves at most two pieces: one of a tile begun before it, one that goes on after it.
+    const bool begins = chunk == tile_begin, ends = end >= tile_end;
+    write_rows(work, begins && ends ? -1 : int64_t{2} * blockIdx.x + (begins ? 1 : 0));
+    chunk = min(end, tile_end);
+  }
+}
+
+}  // namespace sparse_attn::cuda
