@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import io
+import operator
 import os
 import pickle
 import struct
@@ -125,7 +126,7 @@ def run(function: str, *args: Any, seeds: Sequence[int] = SEEDS, fault: int = 0,
     """What `sparse_attn.<function>(*args, **kwargs)` returns under each schedule.
 
     Args:
-        function: name of a public function.
+        function: name of a public function, or a dotted one of a module ("ops.attention").
         args: its arguments.
         seeds: schedules of the simulator.
         fault: number of the fault to seed; 0: the kernels as they are.
@@ -172,7 +173,7 @@ def _serve(module: str, runtime: str) -> None:
         os.environ["SPARSE_ATTN_FAULT"] = str(fault)
         seed_schedule(seed)
         try:
-            reply = ("result", getattr(sparse_attn, function)(*args, **kwargs))
+            reply = ("result", operator.attrgetter(function)(sparse_attn)(*args, **kwargs))
         except Exception as error:
             reply = ("error", type(error)(*map(str, error.args)))
         _write(replies, reply)

@@ -12,7 +12,10 @@ CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 ELEMENTS = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t"}
 HEAD_DIMS = (64, 96, 128, 256)
 #: Kernel to the parameters of its launch function, launch_<kernel>.
-KERNELS = {"prefill": "const PrefillParams&, cudaStream_t"}
+KERNELS = {
+    "decode": "const DecodeParams&, cudaStream_t",
+    "prefill": "const PrefillParams&, cudaStream_t",
+}
 
 
 def files() -> dict[Path, str]:

@@ -37,32 +37,41 @@ __device__ inline BoundedSlice bounded_slice(const int64_t* indptr, int64_t capa
           static_cast<int32_t>(bounded(bounded(indptr[1], begin, capacity) - begin, 0, most))};
 }
 
-// Slots of rows [first_row, first_row + rows) of a sequence. Called by all lanes of a warp.
-__device__ inline TileKeys tile_keys(const DeviceCall& p, const DeviceSequence& s, int64_t sequence,
-                                     int32_t index_head, int32_t list_tile, int32_t first_row,
-                                     int32_t rows) {
-  constexpr uint32_t kAll = 0xffffffffu;
+// What rows of a sequence may see, over all of them.
+struct RowBounds {
+  int32_t hi = 0, min_hi = INT32_MAX;
+  int32_t window_max_lo = 0, window_min_hi = INT32_MAX;
+  int32_t window_begin = INT32_MAX, window_end = 0;
+};
+
+// Rows first_row + r of every `step`-th r from `begin` to `rows`.
+__device__ inline RowBounds row_bounds(const DeviceCall& p, const DeviceSequence& s,
+                                       const int32_t* head, int32_t first_row, int32_t rows,
+                                       int32_t begin = 0, int32_t step = 1) {
+  RowBounds bounds;
+  for (int32_t r = begin; r < rows; r += step) {
+    const RowWindow w = row_window(p, s, head, first_row + r);
+    bounds.hi = max(bounds.hi, w.outer_hi);
+    bounds.min_hi = min(bounds.min_hi, w.outer_hi);
+    bounds.window_max_lo = max(bounds.window_max_lo, w.lo);
+    bounds.window_min_hi = min(bounds.window_min_hi, w.hi);
+    bounds.window_begin = min(bounds.window_begin, w.lo);
+    bounds.window_end = max(bounds.window_end, w.hi);
+  }
+  return bounds;
+}
+
+// Slots of rows with these bounds.
+__device__ inline TileKeys tile_keys(const DeviceCall& p, int64_t sequence, int32_t index_head,
+                                     int32_t list_tile, const RowBounds& bounds) {
   const IndexView& index = p.call.index;
   const int32_t* head = head_row(p, index_head);
   TileKeys keys{};
   keys.kind = head[0];
-  keys.min_hi = keys.window_min_hi = INT32_MAX;
-  int32_t window_begin = INT32_MAX, window_end = 0;
-  for (int32_t r = threadIdx.x % 32; r < rows; r += 32) {
-    const RowWindow w = row_window(p, s, head, first_row + r);
-    keys.hi = max(keys.hi, w.outer_hi);
-    keys.min_hi = min(keys.min_hi, w.outer_hi);
-    keys.window_max_lo = max(keys.window_max_lo, w.lo);
-    keys.window_min_hi = min(keys.window_min_hi, w.hi);
-    window_begin = min(window_begin, w.lo);
-    window_end = max(window_end, w.hi);
-  }
-  keys.hi = __reduce_max_sync(kAll, keys.hi);
-  keys.min_hi = __reduce_min_sync(kAll, keys.min_hi);
-  keys.window_max_lo = __reduce_max_sync(kAll, keys.window_max_lo);
-  keys.window_min_hi = __reduce_min_sync(kAll, keys.window_min_hi);
-  window_begin = __reduce_min_sync(kAll, window_begin);
-  window_end = __reduce_max_sync(kAll, window_end);
+  keys.hi = bounds.hi;
+  keys.min_hi = bounds.min_hi;
+  keys.window_max_lo = bounds.window_max_lo;
+  keys.window_min_hi = bounds.window_min_hi;
   if (keys.kind == kListed) {
     const int64_t batch = index.batch == 1 ? 0 : sequence;
     const int64_t at = (batch * index.num_heads + index_head) * (index.num_tiles + 1) + list_tile;
@@ -85,13 +94,29 @@ __device__ inline TileKeys tile_keys(const DeviceCall& p, const DeviceSequence& 
     keys.slots = keys.block_slots + columns.count;
   } else if (keys.kind == kStreaming) {
     keys.lead = min(max(head[1], 0), keys.hi);
-    keys.window_begin = max(keys.lead, window_begin);
-    keys.slots = keys.lead + max(0, window_end - keys.window_begin);
+    keys.window_begin = max(keys.lead, bounds.window_begin);
+    keys.slots = keys.lead + max(0, bounds.window_end - keys.window_begin);
   } else {
     keys.lead = keys.hi;
     keys.slots = keys.hi;
   }
   return keys;
+}
+
+// Slots of rows [first_row, first_row + rows) of a sequence. Called by all lanes of a warp.
+__device__ inline TileKeys tile_keys(const DeviceCall& p, const DeviceSequence& s, int64_t sequence,
+                                     int32_t index_head, int32_t list_tile, int32_t first_row,
+                                     int32_t rows) {
+  constexpr uint32_t kAll = 0xffffffffu;
+  RowBounds bounds =
+      row_bounds(p, s, head_row(p, index_head), first_row, rows, threadIdx.x % 32, 32);
+  bounds.hi = __reduce_max_sync(kAll, bounds.hi);
+  bounds.min_hi = __reduce_min_sync(kAll, bounds.min_hi);
+  bounds.window_max_lo = __reduce_max_sync(kAll, bounds.window_max_lo);
+  bounds.window_min_hi = __reduce_min_sync(kAll, bounds.window_min_hi);
+  bounds.window_begin = __reduce_min_sync(kAll, bounds.window_begin);
+  bounds.window_end = __reduce_max_sync(kAll, bounds.window_end);
+  return tile_keys(p, sequence, index_head, list_tile, bounds);
 }
 
 // A slot's list entry, loaded well before it is needed.

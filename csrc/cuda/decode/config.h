@@ -1,57 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 // Decode attention: tile shapes, the plan of a call, and where its workspace lies.
 //
-// Work is counted in chunks of kKeys keys. The tiles of all sequences and heads, end to end, make
-// one line of chunks, which the CTAs of the grid share out in equal pieces, whatever the lengths of
-// the lists. So a CTA ends at most one tile that another began, and begins one that another ends:
-// two partial results a CTA, a workspace of fixed size, and no count is ever read by the host.
+// Work is counted in chunks of kChunkKeys keys. The tiles of all sequences and heads, end to end,
+// make one line of chunks, which the CTAs of the grid share out in equal pieces, whatever the
+// lengths of the lists. So a CTA ends at most one tile that another began, and begins one that
+// another ends: two partial results a CTA, a workspace of fixed size, and no count is ever read by
+// the host.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <cstdint>
 
-#include "../../core/types.h"
-
-// Test builds seed a fault by its number; 0 is none. tests/test_cuda_faults.py has the list.
-#ifndef SPARSE_ATTN_FAULT
-#define SPARSE_ATTN_FAULT 0
-#endif
+#include "../common/call.h"
 
 namespace sparse_attn::cuda {
 
 constexpr int kDecodeMaxRows = 16;  // query rows of a sequence, up to which a call is decode
-constexpr int kDecodeKeys = 64;     // keys of a chunk
 constexpr int kDecodeWarps = 4;
 constexpr int kDecodeThreads = kDecodeWarps * 32;
-constexpr int64_t kDecodeMinShare = 2;  // chunks: a smaller share costs more in merging than it gains
+constexpr int64_t kDecodeMinShare =
+    2;  // chunks: a smaller share costs more in merging than it gains
 constexpr int kDecodeCtasPerSm = 2;
 
 // What the three kernels of a call are told.
-struct DecodeParams {
-  AttentionParams call;                 // device pointers; `sequences` is not used
-  const int32_t* seq_ranges = nullptr;  // [num_sequences, 5] q_start, q_len, k_start, k_len, q_offset
-  int64_t q_offset = 0;                 // without seq_ranges
-  int64_t batch = 0;                    // of q; 1 with ranges: all sequences in one entry
-  int64_t num_pages = 0;                // of k and v, with a block table
-  int32_t max_q_len = 0;                // rows of a sequence at most
+struct DecodeParams : DeviceCall {
   // What follows is derived, by plan_decode.
-  int32_t tile_rows = 0;                // rows of a kernel tile: 16 or 64
-  int32_t heads_per_unit = 1;           // query heads that share lists and a KV head
-  int32_t list_rows = 0;                // rows of a sequence that share lists
-  int32_t tiles_per_list = 1;           // kernel tiles of one list's packed rows
-  int32_t tiles_per_unit = 1;           // kernel tiles of a sequence and unit, at most
+  int32_t tile_rows = 0;       // rows of a kernel tile: 16 or 64
+  int32_t heads_per_unit = 1;  // query heads that share lists and a KV head
+  int32_t list_rows = 0;       // rows of a sequence that share lists
+  int32_t tiles_per_list = 1;  // kernel tiles of one list's packed rows
+  int32_t tiles_per_unit = 1;  // kernel tiles of a sequence and unit, at most
   int64_t tiles = 0;
   int32_t ctas = 0;
+  FastDivisor by_block_n;
   int64_t* first_chunk = nullptr;  // [tiles + 1], then the chunks of one CTA
   float* piece_lse = nullptr;      // [2 * ctas, tile_rows], base 2
   float* piece_out = nullptr;      // [2 * ctas, tile_rows, head_dim_v]
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // Fills the derived numbers, pointers but not; returns the bytes of workspace that the call needs.
 inline int64_t plan_decode(DecodeParams& p, int multiprocessors) {
@@ -68,6 +52,7 @@ inline int64_t plan_decode(DecodeParams& p, int multiprocessors) {
   p.tiles = call.num_sequences * (call.num_heads / p.heads_per_unit) * p.tiles_per_unit;
   // No CTA may be without work only because lists happen to be short: the grid is the device's.
   p.ctas = multiprocessors * kDecodeCtasPerSm;
+  p.by_block_n = FastDivisor(call.index.block_n);
   const int64_t pieces = int64_t{2} * p.ctas * p.tile_rows;
   return (p.tiles + 2) * int64_t{sizeof(int64_t)} + pieces * int64_t{sizeof(float)} +
          pieces * call.head_dim_v * int64_t{sizeof(float)} + 16;
@@ -94,7 +79,7 @@ struct DecodeConfig {
   // Sixty-four: each takes sixteen rows and all keys.
   static constexpr int kWarpsM = kTileRows / 16;
   static constexpr int kWarpsN = kDecodeWarps / kWarpsM;
-  static constexpr int kWarpKeys = kDecodeKeys / kWarpsN;
+  static constexpr int kWarpKeys = 64 / kWarpsN;  // of a chunk
   // Tiles of K and V in turn fill a ring of this many. At head_dim 256 two fit the 99 KiB of sm_86.
   static constexpr int kRing = kHeadDim <= 128 ? 4 : 2;
   static constexpr int kLookups = kRing;  // chunks whose lookups are kept: kRing / 2 + 1 at least

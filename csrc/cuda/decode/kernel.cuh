@@ -2,201 +2,106 @@
 // Decode attention over a SparseIndex: few query rows, many keys.
 //
 // Tiling: 16 or 64 packed rows (the query heads of a KV head that share lists, so that the cache is
-// read once for all of them) by chunks of 64 keys. With 16 rows each of the four warps takes 16 keys
-// of every chunk and keeps a softmax of its own; with 64 each takes 16 rows. The warps' results meet
-// in shared memory when a CTA leaves a tile.
+// read once for all of them) by chunks of 64 keys. With 16 rows each of the four warps takes 16
+// keys of every chunk and keeps a softmax of its own; with 64 each takes 16 rows. The warps'
+// results meet in shared memory when a CTA leaves a tile.
 //
-// Memory: chunks arrive by cp.async in a ring of K and V tiles in turn, one barrier a tile. The keys
-// of a chunk are looked up (lists, pages, biases, masks) before its copy is issued, by 64 threads.
-// Q stays in registers. Keys that no row may see, and whatever lies out of bounds, are zero-filled.
+// Memory: chunks arrive by cp.async in a ring of K and V tiles in turn, one barrier a tile. The
+// keys of a chunk are looked up (lists, pages, biases, masks) before its copy is issued, by 64
+// threads. Q stays in registers. Keys that no row may see, and whatever lies out of bounds, are
+// zero-filled.
 //
-// Numerics: mma.sync with f32 accumulators, softmax in base 2 and f32, P rounded to the input's type.
+// Numerics: mma.sync with f32 accumulators, softmax in base 2 and f32, P rounded to the input's
+// type.
 //
 // Source: FlashAttention-2 (arXiv 2307.08691) for the softmax; Stream-K (arXiv 2301.03598) for the
 // shares; Rabe & Staats (arXiv 2112.05682) for merging.
 #pragma once
 
-#include <cute/tensor.hpp>
-#include <cutlass/numeric_conversion.h>
-
+#include "../common/tiles.cuh"
 #include "schedule.cuh"
 
 namespace sparse_attn::cuda {
 
-using namespace cute;
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-constexpr bool fault(int number) {
-  return SPARSE_ATTN_FAULT == number;
-}
-
 // Where the keys of a chunk lie and who sees them.
 struct Lookup {
-  int32_t batch[kDecodeKeys];  // index into k's and v's first axis: the batch, or the page
-  int32_t row[kDecodeKeys];
-  int32_t key[kDecodeKeys];    // position in the sequence, -1: hidden from all rows
-  float bias[kDecodeKeys];     // base 2
-  uint32_t bits[kDecodeKeys];  // bit i: row i of the list's tile sees the key
-  uint32_t plain[2];           // bit i: all rows see key i (or 32 + i), without bias
+  int32_t batch[kChunkKeys];  // index into k's and v's first axis: the batch, or the page
+  int32_t row[kChunkKeys];
+  int32_t key[kChunkKeys];    // position in the sequence, -1: hidden from all rows
+  float bias[kChunkKeys];     // base 2
+  uint32_t bits[kChunkKeys];  // bit i: row i of the list's tile sees the key
+  uint32_t plain[2];          // bit i: all rows see key i (or 32 + i), without bias
 };
 
 // The CTA's part of a tile: its rows and its keys.
 struct DecodePart {
-  DecodeSequence sequence;
+  DeviceSequence sequence;
   DecodeTile tile;
-  DecodeKeys keys;
-  int64_t first_slot;
+  TileKeys keys;
+  int32_t first_slot;
   int32_t chunks;
 };
 
 template <class C>
-struct DecodeLayouts {
-  using Element = typename C::Element;
-  static constexpr int kColumns = C::kHeadDim % 64 == 0 ? 64 : 32;
-  using Swizzled = decltype(composition(Swizzle<kColumns == 64 ? 3 : 2, 3, 3>{},
-                                        Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
-  using Tile = decltype(tile_to_shape(Swizzled{}, Shape<Int<kDecodeKeys>, Int<C::kHeadDim>>{}));
-  using Rows = decltype(tile_to_shape(Swizzled{}, Shape<Int<C::kTileRows>, Int<C::kHeadDim>>{}));
-  using Transposed = decltype(composition(
-      Tile{}, make_layout(Shape<Int<C::kHeadDim>, Int<kDecodeKeys>>{}, GenRowMajor{})));
-  using Atom = conditional_t<is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
-                             SM80_16x8x16_F32BF16BF16F32_TN>;
-  // One warp: every warp multiplies tiles of its own.
-  using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_1, _1, _1>>, cute::Tile<_16, _16, _16>>;
-  static constexpr int kTileElements = cosize_v<Tile>;
-  static constexpr int kOutStride = C::kHeadDim + 8;  // floats; shifts the banks from row to row
-};
-
-template <class C>
 struct DecodeShared {
-  using L = DecodeLayouts<C>;
+  using L = TileLayouts<typename C::Element, C::kHeadDim>;
   union {
     struct {
-      alignas(128) typename C::Element ring[C::kRing][L::kTileElements];
+      alignas(128) typename C::Element ring[C::kRing][L::kKeysElements];
       typename C::Element q[C::kSharedQ ? C::kTileRows * C::kHeadDim : 8];
     };
-    // Unnormalised, once the ring is drained; behind a row its maximum (base 2) and its sum.
-    float out[kDecodeWarps][16][L::kOutStride];
+    // Unnormalised, once the ring is drained; behind a row its maximum (base 2) and its sum, and as
+    // much more as makes rows begin in other banks.
+    float out[kDecodeWarps][16][C::kHeadDim + 8];
   };
   Lookup lookup[C::kLookups];
   DecodePart part;
 };
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// tanh with an absolute error of 2e-7, from the same exponential.
-__device__ inline float tanh_fast(float x) {
-  return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
-}
-
-// Two numbers rounded to a type, as bits, the first one low.
-template <class Element>
-__device__ inline uint32_t pack_pair(float low, float high) {
-  cutlass::Array<Element, 2> pair =
-      cutlass::NumericArrayConverter<Element, float, 2>::convert({low, high});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-// 16 bytes to shared memory, or zeros.
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
-                   cast_smem_ptr_to_uint(to)),
-               "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-template <class Element>
-__device__ inline const Element* row_of(const TensorView& x, int64_t batch, int64_t head,
-                                        int64_t row) {
-  return reinterpret_cast<const Element*>(x.data) + batch * x.batch_stride + head * x.head_stride +
-         row * x.row_stride;
-}
-
 // Copies of a CTA. All it needs of the tile lies in shared memory: registers are for the products.
 template <class C>
 struct DecodeWork {
   using Element = typename C::Element;
-  using L = DecodeLayouts<C>;
+  using L = TileLayouts<typename C::Element, C::kHeadDim>;
 
   const DecodeParams& p;
   DecodeShared<C>& shared;
 
-  // The key, bias and mask bits of a slot; key -1: none.
-  __device__ int32_t find_key(int64_t slot, float& bias, uint32_t& bits) const {
-    const IndexView& index = p.call.index;
-    const DecodeKeys& keys = shared.part.keys;
-    int64_t key = -1;
-    bias = 0.0f;
-    bits = ~0u;
-    if (slot >= keys.slots) return -1;
-    if (keys.kind != kListed) {
-      key = slot < keys.lead ? slot : keys.window_begin + (slot - keys.lead);
-    } else if (slot < keys.block_slots) {
-      const int64_t block = keys.block_begin + slot / index.block_n;
-      const int32_t within = static_cast<int32_t>(slot % index.block_n);
-      const int64_t start = index.block_indices[block];
-      key = start < 0 ? -1 : start + within;
-      const int32_t mask = index.block_bits_ids ? index.block_bits_ids[block] : -1;
-      if (mask >= index.num_masks || mask < -1) return -1;
-      if (mask >= 0) {
-        // Lists of decode have at most 64 rows that matter: the first word of a key's bits.
-        const int64_t words = (index.block_m + 63) / 64;
-        bits = static_cast<uint32_t>(
-            index.block_bits[(int64_t{mask} * index.block_n + within) * words]);
-      }
-    } else {
-      const int64_t column = keys.column_begin + (slot - keys.block_slots);
-      key = index.column_indices[column];
-      if (index.column_bias) bias = index.column_bias[column] * kLog2e;
-    }
-    return key < 0 || (key >= keys.hi && !fault(27)) ? -1 : static_cast<int32_t>(key);
-  }
-
-  // Where a key's row lies; false if its page does not exist.
-  __device__ bool locate(int32_t key, int32_t& batch, int32_t& row) const {
-    const DecodeSequence& sequence = shared.part.sequence;
-    const PageView& pages = p.call.pages;
-    row = static_cast<int32_t>(sequence.k_start + key);
-    batch = static_cast<int32_t>(sequence.batch);
-    if (pages.block_table == nullptr) return true;
-    const int32_t entry = row / static_cast<int32_t>(pages.page_size);
-    row -= entry * static_cast<int32_t>(pages.page_size);
-    batch = pages.block_table[(fault(24) ? 0 : shared.part.tile.sequence) * pages.max_pages + entry];
-    return fault(25) || (batch >= 0 && batch < p.num_pages);
-  }
-
   // Looks a chunk's keys up; the first 64 threads.
   __device__ void look_up(int32_t chunk) const {
     const int i = threadIdx.x;
-    if (i >= kDecodeKeys) return;
-    const DecodeKeys& keys = shared.part.keys;
+    if (i >= kChunkKeys) return;
+    const DecodePart& part = shared.part;
+    const TileKeys& keys = part.keys;
+    const IndexView& index = p.call.index;
     Lookup& to = shared.lookup[chunk % C::kLookups];
-    float bias = 0.0f;
+    SlotEntry entry{-1, -1, 0, 0.0f};
+    if (chunk < part.chunks)
+      entry = load_slot(index, p.by_block_n, keys, part.first_slot + chunk * kChunkKeys + i);
+    int32_t key = entry.key;
+    KeyPlace place{0, 0};
+    if (key >= 0) place = locate(p, part.sequence, fault(24) ? 0 : part.tile.sequence, key);
+    if (place.row < 0) key = -1;
     uint32_t bits = ~0u;
-    int32_t key = -1, batch = 0, row = 0;
-    if (chunk < shared.part.chunks)
-      key = find_key(shared.part.first_slot + int64_t{chunk} * kDecodeKeys + i, bias, bits);
-    if (key >= 0 && !locate(key, batch, row)) key = -1;
-    const bool plain =
-        key >= 0 && key < keys.min_hi && bias == 0.0f && bits == ~0u &&
-        (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
+    if (entry.mask >= 0) {
+      // A list of decode has at most 16 rows that matter: the first word of a key's bits has them.
+      const int64_t words = (index.block_m + 63) / 64;
+      bits = static_cast<uint32_t>(
+          index.block_bits[(int64_t{entry.mask} * index.block_n + entry.within) * words]);
+    }
+    const bool plain = key >= 0 && key < keys.min_hi && entry.bias == 0.0f && bits == ~0u &&
+                       (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
     to.key[i] = key;
-    to.batch[i] = batch;
-    to.row[i] = row;
-    to.bias[i] = bias;
+    to.batch[i] = place.batch;
+    to.row[i] = place.row;
+    to.bias[i] = entry.bias * kLog2e;
     to.bits[i] = bits;
     const uint32_t all = __ballot_sync(0xffffffffu, plain);
     if (i % 32 == 0) to.plain[i / 32] = all;
   }
 
-  // Begins the copy of a ring tile: tile 2c holds K of chunk c, tile 2c + 1 its V. Commits always, so
-  // that waiting counts tiles.
+  // Begins the copy of a ring tile: tile 2c holds K of chunk c, tile 2c + 1 its V. Commits always,
+  // so that waiting counts tiles.
   __device__ void copy_tile(int32_t number) const {
     const int32_t chunk = number / 2;
     if (chunk < shared.part.chunks) {
@@ -209,10 +114,10 @@ struct DecodeWork {
       const Element* base =
           row_of<Element>(view, 0, fault(30) ? head % call.num_heads_kv : head / group, 0);
       const Lookup& from = shared.lookup[chunk % C::kLookups];
-      Tensor to = make_tensor(make_smem_ptr(shared.ring[number % C::kRing]), typename L::Tile{});
+      Tensor to = make_tensor(make_smem_ptr(shared.ring[number % C::kRing]), typename L::Keys{});
       constexpr int kVectors = C::kHeadDim / 8;
 #pragma unroll 4  // all at once the addresses would cost too many registers
-      for (int i = 0; i < kDecodeKeys * kVectors / kDecodeThreads; ++i) {
+      for (int i = 0; i < kChunkKeys * kVectors / kDecodeThreads; ++i) {
         const int vector = threadIdx.x + i * kDecodeThreads;
         const int row = vector / kVectors, column = vector % kVectors * 8;
         const bool valid = from.key[row] >= 0 && column < dim;
@@ -233,7 +138,7 @@ struct DecodeWork {
     return tile.first_row + (tile.begin + r) % tile.rows_per_head;
   }
   __device__ const Element* q_row(int r) const {
-    const DecodeSequence& sequence = shared.part.sequence;
+    const DeviceSequence& sequence = shared.part.sequence;
     return row_of<Element>(p.call.q, sequence.batch, packed_head(r),
                            sequence.q_start + packed_row(r));
   }
@@ -252,9 +157,9 @@ struct DecodeWork {
         CUTE_UNROLL
         for (int side = 0; side < 2; ++side) {
           const int column = step * 16 + side * 8 + lane % 4 * 2;
-          words(half + 2 * side + 4 * step) =
-              valid && column < p.call.head_dim ? *reinterpret_cast<const uint32_t*>(row + column)
-                                                : 0u;
+          words(half + 2 * side + 4 * step) = valid && column < p.call.head_dim
+                                                  ? *reinterpret_cast<const uint32_t*>(row + column)
+                                                  : 0u;
         }
       }
     }
@@ -262,7 +167,7 @@ struct DecodeWork {
 
   // The same to shared memory, as part of the next group of copies.
   __device__ void copy_q() const {
-    Tensor to = make_tensor(make_smem_ptr(shared.q), typename L::Rows{});
+    Tensor to = make_tensor(make_smem_ptr(shared.q), typename L::template Rows<C::kTileRows>{});
     constexpr int kVectors = C::kHeadDim / 8;
     for (int i = threadIdx.x; i < C::kTileRows * kVectors; i += kDecodeThreads) {
       const int r = i / kVectors, column = i % kVectors * 8;
@@ -271,12 +176,6 @@ struct DecodeWork {
       copy_async(&to(r, column), valid ? q_row(r) + column : base, valid);
     }
   }
-};
-
-// The softmax of a thread's two rows: maximum (base 2), sum over the thread's own columns.
-struct RowState {
-  float top[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
 };
 
 // What a thread's two rows see.
@@ -349,46 +248,12 @@ __device__ inline void scale_and_mask(const DecodeWork<C>& work, const Lookup& l
   }
 }
 
-// Turns logits into weights and rescales what was summed up to now.
-template <class Scores, class Out>
-__device__ inline void softmax_step(RowState& state, Scores& scores, Out& out) {
-  CUTE_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    float top = state.top[half];
-    CUTE_UNROLL
-    for (int n = 0; n < size<2>(scores); ++n)
-      top = fmaxf(top, fmaxf(scores(2 * half, 0, n), scores(2 * half + 1, 0, n)));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float base = top == -INFINITY ? 0.0f : top;  // -inf minus -inf would be NaN
-    const float rescale = exp2_fast(state.top[half] - base);
-    float sum = 0.0f;
-    CUTE_UNROLL
-    for (int n = 0; n < size<2>(scores); ++n) {
-      CUTE_UNROLL
-      for (int side = 0; side < 2; ++side) {
-        float& score = scores(2 * half + side, 0, n);
-        score = exp2_fast(score - base);
-        sum += score;
-      }
-    }
-    state.sum[half] = state.sum[half] * rescale + sum;
-    state.top[half] = top;
-    if (fault(31)) continue;
-    CUTE_UNROLL
-    for (int n = 0; n < size<2>(out); ++n) {
-      out(2 * half, 0, n) *= rescale;
-      out(2 * half + 1, 0, n) *= rescale;
-    }
-  }
-}
-
-// Runs through the CTA's part of a tile; leaves each warp's unnormalised rows, their maxima and sums
-// in shared memory.
+// Runs through the CTA's part of a tile; leaves each warp's unnormalised rows, their maxima and
+// sums in shared memory.
 template <class C>
 __device__ inline void attend(const DecodeWork<C>& work) {
   using Element = typename C::Element;
-  using L = DecodeLayouts<C>;
+  using L = TileLayouts<typename C::Element, C::kHeadDim>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_row = warp % C::kWarpsM * 16, warp_n = warp / C::kWarpsM;
   DecodeShared<C>& shared = work.shared;
@@ -414,7 +279,7 @@ __device__ inline void attend(const DecodeWork<C>& work) {
   auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma).get_slice(lane);
   Tensor rQ_copy = copy_q.retile_D(rQ);
   Tensor sQ_copy = copy_q.partition_S(
-      local_tile(make_tensor(make_smem_ptr(shared.q), typename L::Rows{}),
+      local_tile(make_tensor(make_smem_ptr(shared.q), typename L::template Rows<C::kTileRows>{}),
                  Shape<_16, Int<C::kHeadDim>>{}, make_coord(warp % C::kWarpsM, 0)));
 
   RowState state;
@@ -431,7 +296,7 @@ __device__ inline void attend(const DecodeWork<C>& work) {
 
   // Tile t has landed and nobody reads tile t - 1 any more: its place takes the next copy.
   const auto next_tile = [&](int32_t t) {
-    cp_async_wait<C::kRing - 2 + (fault(21) ? 1 : 0)>();
+    if (!fault(21)) cp_async_wait<C::kRing - 2>();
     if (!fault(22)) __syncthreads();
     work.copy_tile(t + C::kRing - 1);
   };
@@ -439,7 +304,7 @@ __device__ inline void attend(const DecodeWork<C>& work) {
     next_tile(2 * chunk);
     work.look_up(chunk + C::kRing / 2);
     Tensor sK = local_tile(
-        make_tensor(make_smem_ptr(shared.ring[2 * chunk % C::kRing]), typename L::Tile{}),
+        make_tensor(make_smem_ptr(shared.ring[2 * chunk % C::kRing]), typename L::Keys{}),
         Shape<Int<C::kWarpKeys>, Int<C::kHeadDim>>{}, make_coord(warp_n, 0));
     Tensor sK_copy = copy_k.partition_S(sK);
     clear(scores);
@@ -452,18 +317,13 @@ __device__ inline void attend(const DecodeWork<C>& work) {
     }
     scale_and_mask(work, shared.lookup[chunk % C::kLookups], sight, warp_n * C::kWarpKeys, lane,
                    scores);
-    softmax_step(state, scores, out);
-    Tensor words = recast<uint32_t>(rP);
-    CUTE_UNROLL
-    for (int n = 0; n < size<2>(scores); ++n) {
-      words(2 * n) = pack_pair<Element>(scores(0, 0, n), scores(1, 0, n));
-      words(2 * n + 1) = pack_pair<Element>(scores(2, 0, n), scores(3, 0, n));
-    }
+    softmax_step<false>(state, scores, out, 1.0f);
+    round_weights<Element>(scores, rP);
 
     next_tile(2 * chunk + 1);
-    Tensor sV = local_tile(
-        make_tensor(make_smem_ptr(shared.ring[(2 * chunk + 1) % C::kRing]), typename L::Transposed{}),
-        Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{}, make_coord(0, warp_n));
+    Tensor sV = local_tile(make_tensor(make_smem_ptr(shared.ring[(2 * chunk + 1) % C::kRing]),
+                                       typename L::Transposed{}),
+                           Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{}, make_coord(0, warp_n));
     Tensor sV_copy = copy_v.partition_S(sV);
     CUTE_UNROLL
     for (int step = 0; step < size<2>(rP); ++step) {
@@ -498,7 +358,7 @@ __device__ inline void write_rows(const DecodeWork<C>& work, int64_t piece) {
   using Element = typename C::Element;
   const DecodeParams& p = work.p;
   const AttentionParams& call = p.call;
-  const DecodeSequence& sequence = work.shared.part.sequence;
+  const DeviceSequence& sequence = work.shared.part.sequence;
   const int columns = call.head_dim_v / 4;
   for (int i = threadIdx.x; i < work.shared.part.tile.rows * columns; i += kDecodeThreads) {
     const int r = i / columns, column = i % columns * 4;
@@ -535,9 +395,10 @@ __device__ inline void write_rows(const DecodeWork<C>& work, int64_t piece) {
           make_float4(out.x * factor, out.y * factor, out.z * factor, out.w * factor);
       if (column == 0) p.piece_lse[slot] = lse;
     } else {
-      auto* to = const_cast<Element*>(row_of<Element>(call.out, sequence.batch, head, row)) + column;
-      *reinterpret_cast<uint2*>(to) = make_uint2(pack_pair<Element>(out.x * factor, out.y * factor),
-                                                 pack_pair<Element>(out.z * factor, out.w * factor));
+      Element* to = row_of<Element>(call.out, sequence.batch, head, row) + column;
+      *reinterpret_cast<uint2*>(to) =
+          make_uint2(pack_pair<Element>(out.x * factor, out.y * factor),
+                     pack_pair<Element>(out.z * factor, out.w * factor));
       if (column == 0)
         call.lse[(sequence.batch * call.num_heads + head) * call.seqlen_q + row] = lse * kLn2;
     }
@@ -569,14 +430,13 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DecodePara
   for (int64_t id = tile_of_chunk(p, chunk); chunk < end; ++id) {
     const int64_t tile_begin = p.first_chunk[id], tile_end = p.first_chunk[id + 1];
     if (tile_end <= chunk) continue;  // a tile without rows
-    __syncthreads();  // nobody needs the last tile's part any more
+    __syncthreads();                  // nobody needs the last tile's part any more
     if (threadIdx.x == 0) {
       DecodePart& part = shared.part;
-      const int64_t units = p.call.num_heads / p.heads_per_unit;
-      part.sequence = decode_sequence(p, id / p.tiles_per_unit / units);
+      part.sequence = sequence_of(p, id);
       part.tile = decode_tile(p, id, part.sequence);
       part.keys = decode_keys(p, part.sequence, part.tile);
-      part.first_slot = (chunk - tile_begin) * kDecodeKeys;
+      part.first_slot = static_cast<int32_t>(chunk - tile_begin) * kChunkKeys;
       part.chunks = static_cast<int32_t>(min(end, tile_end) - chunk);
     }
     __syncthreads();

@@ -21,13 +21,11 @@ __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams
   if (end <= begin) return;
   const int64_t first = begin / share, last = (end - 1) / share - (fault(23) ? 1 : 0);
   if (first == (end - 1) / share) return;  // one CTA had it whole
-  const int64_t units = call.num_heads / p.heads_per_unit;
-  const DecodeSequence sequence = decode_sequence(p, id / p.tiles_per_unit / units);
+  const DeviceSequence sequence = sequence_of(p, id);
   const DecodeTile tile = decode_tile(p, id, sequence);
   if (r >= tile.rows) return;
   const int32_t head = tile.first_head + (tile.begin + r) / tile.rows_per_head;
-  const int64_t row =
-      sequence.q_start + tile.first_row + (tile.begin + r) % tile.rows_per_head;
+  const int64_t row = sequence.q_start + tile.first_row + (tile.begin + r) % tile.rows_per_head;
 
   // CTA c's piece of a tile that began before it is its first, else its second.
   const auto slot = [&](int64_t c) {
@@ -53,8 +51,7 @@ __global__ void __launch_bounds__(kMergeThreads) decode_merge(const DecodeParams
       if (lane + 32 * j < call.head_dim_v) out[j] += weight * piece[lane + 32 * j];
   }
   const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  Element* to = reinterpret_cast<Element*>(call.out.data) + sequence.batch * call.out.batch_stride +
-                head * call.out.head_stride + row * call.out.row_stride;
+  Element* to = row_of<Element>(call.out, sequence.batch, head, row);
   CUTE_UNROLL
   for (int j = 0; j < 8; ++j)
     if (lane + 32 * j < call.head_dim_v) to[lane + 32 * j] = Element(out[j] * factor);

@@ -43,7 +43,9 @@ std::tuple<Tensor, Tensor> attention_cuda(
   p.out = tensor_view(out);
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   if (out.numel() > 0 || lse.numel() > 0)
-    raise_cuda("attention", run_prefill(call, device.stream()));
+    raise_cuda("attention", call.max_q_len <= cuda::kDecodeMaxRows
+                                ? run_decode(call, q, device.stream())
+                                : run_prefill(call, device.stream()));
   return {out, lse};
 }
 

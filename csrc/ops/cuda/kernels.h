@@ -6,6 +6,8 @@
 #include <type_traits>
 
 #include "../../cuda/common/call.h"
+#include "../../cuda/decode/config.h"
+#include "../common.h"
 
 namespace cutlass {
 struct bfloat16_t;
@@ -34,6 +36,8 @@ cudaError_t with_instantiation([[maybe_unused]] const AttentionParams& p, Run ru
 #endif
 }
 
+// For sequences of at most cuda::kDecodeMaxRows rows; the workspace is of `like`'s device.
+cudaError_t run_decode(const cuda::DeviceCall& call, const Tensor& like, cudaStream_t stream);
 cudaError_t run_prefill(const cuda::DeviceCall& call, cudaStream_t stream);
 
 }  // namespace sparse_attn::ops

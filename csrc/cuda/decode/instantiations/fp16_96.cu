@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// Written by tools/cuda/instantiate.py.
+#include "../launch.cuh"
+
+namespace sparse_attn::cuda {
+
+template cudaError_t launch_decode<cutlass::half_t, 96>(const DecodeParams&, cudaStream_t);
+
+}  // namespace sparse_attn::cuda
