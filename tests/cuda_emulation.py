@@ -157,10 +157,10 @@ def _serve(module: str, runtime: str) -> None:
     sparse_attn = importlib.import_module("sparse_attn")
     torch.ops.load_library(module)
     library = torch.library.Library("sparse_attn", "IMPL")
-    operator = torch.ops.sparse_attn_emulated.attention
+    emulated = torch.ops.sparse_attn_emulated.attention
     with warnings.catch_warnings():  # of the override, which is meant
         warnings.simplefilter("ignore")
-        library.impl("attention", operator, "CPU", allow_override=True)
+        library.impl("attention", emulated, "CPU", allow_override=True)
     seed_schedule: Callable[[int], None] = ctypes.CDLL(
         str(Path(runtime) / "libcudart.so.13")
     ).ptxemu_cudart_seed
