@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs sparse_attn's CUDA kernels on CPU tensors, through tools/ptxemu.
 
+SPARSE_ATTN_TEST_CUDA=device makes the same calls on a real device instead. Without it:
+
 `build` compiles the CUDA module for the simulator, once; `run` makes calls of the public functions
 in processes where `sparse_attn::attention` is that module's operator, and whose heap the simulator
 knows block by block: reads and writes out of bounds, races and uninitialised memory raise.
@@ -138,6 +140,10 @@ def run(function: str, *args: Any, seeds: Sequence[int] = SEEDS, fault: int = 0,
     Raises:
         RuntimeError: the simulator found something; other errors of the call as they are.
     """
+    if os.environ.get("SPARSE_ATTN_TEST_CUDA") == "device":
+        if fault:
+            raise ValueError("faults are seeded under emulation only")
+        return [on_device(function, *args, **kwargs) for _ in seeds]
     free, pool = _workers(fault != 0)
 
     def one(seed: int) -> Any:
@@ -148,6 +154,21 @@ def run(function: str, *args: Any, seeds: Sequence[int] = SEEDS, fault: int = 0,
             free.put(worker)
 
     return list(pool.map(one, seeds))
+
+
+def on_device(function: str, *args: Any, **kwargs: Any) -> Any:
+    """What the call returns with its tensors and indexes on the CUDA device; tensors come back."""
+
+    def moved(x: Any, device: str) -> Any:
+        if isinstance(x, (tuple, list)):
+            return type(x)(moved(member, device) for member in x)
+        return x.to(device) if hasattr(x, "to") else x
+
+    sparse_attn = importlib.import_module("sparse_attn")
+    call = operator.attrgetter(function)(sparse_attn)
+    result = call(*moved(args, "cuda"), **{k: moved(x, "cuda") for k, x in kwargs.items()})
+    torch.cuda.synchronize()
+    return moved(result, "cpu")
 
 
 def _serve(module: str, runtime: str) -> None:
