@@ -179,15 +179,15 @@ struct DecodeWork {
 };
 
 // What a thread's two rows see.
-struct RowSight {
+struct PairSight {
   RowWindow window[2];
   uint32_t bit[2];
 };
 
 template <class C>
-__device__ inline RowSight row_sight(const DecodeWork<C>& work, int warp_row, int lane) {
+__device__ inline PairSight pair_sight(const DecodeWork<C>& work, int warp_row, int lane) {
   const DecodePart& part = work.shared.part;
-  RowSight sight;
+  PairSight sight;
   CUTE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int r = warp_row + half * 8 + lane / 4;
@@ -206,7 +206,7 @@ __device__ inline RowSight row_sight(const DecodeWork<C>& work, int warp_row, in
 // 8 n + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4 + 8.
 template <class C, class Scores>
 __device__ inline void scale_and_mask(const DecodeWork<C>& work, const Lookup& lookup,
-                                      const RowSight& sight, int warp_key, int lane,
+                                      const PairSight& sight, int warp_key, int lane,
                                       Scores& scores) {
   const AttentionParams& call = work.p.call;
   if (call.softcap == 0.0f) {
@@ -292,7 +292,7 @@ __device__ inline void attend(const DecodeWork<C>& work) {
   else
     work.load_q(rQ, warp_row, lane);
   for (int t = 0; t < C::kRing - 1; ++t) work.copy_tile(t);
-  const RowSight sight = row_sight(work, warp_row, lane);
+  const PairSight sight = pair_sight(work, warp_row, lane);
 
   // Tile t has landed and nobody reads tile t - 1 any more: its place takes the next copy.
   const auto next_tile = [&](int32_t t) {
