@@ -109,16 +109,11 @@ def _cuda() -> str:
 
 
 def _cuda_kernels() -> str:
-    names = importlib.import_module("sparse_attn.backends").BACKENDS
-    if "cuda" not in names:
-        return "not part of this build"
-    importlib.import_module("sparse_attn")
-    torch = importlib.import_module("torch")
-    problem = importlib.import_module("sparse_attn.backends").Problem(
-        "cuda", torch.bfloat16, 128, 128
-    )
-    reasons = names["cuda"](problem)
-    return "present" if not reasons else "; ".join(reasons)
+    try:
+        importlib.import_module("sparse_attn.ops").load_cuda()
+    except ImportError as error:
+        return f"not there: {error}"
+    return "present"
 
 
 def _cache() -> str:

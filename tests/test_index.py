@@ -776,4 +776,5 @@ def test_every_public_method_has_a_test_here_or_with_the_converters():
         *("to_block_mask", "batch_size", "num_heads", "num_tiles", "device", "is_list_free"),
         *("op_args", "to", "validate", "to_dense_mask", "density", "select_heads"),
         *("expand_heads", "cat_heads", "stack", "with_tiles"),
+        "draw",  # tests/test_drawing.py
     }
