@@ -18,6 +18,7 @@ from test_transformers import (  # noqa: E402
     tiny,
     tokens,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from sparse_attn import (  # noqa: E402
     AShape,
@@ -129,8 +130,10 @@ def test_training_step_through_a_sparse_pattern() -> None:
 def test_paged_cache_and_attention_weights_are_refused_or_none() -> None:
     model = tiny("Llama")
     with enable() as handle:
+        # What continuous batching hands over, up to 5.23 through the model's own arguments.
+        attend, q = ALL_ATTENTION_FUNCTIONS[handle.name], torch.zeros(1, 4, 20, 16)
         with pytest.raises(NotImplementedError, match="'cache' is not supported"):
-            logits(model, handle.name, tokens(1, 20), cache=object())
+            attend(model.model.layers[0].self_attn, q, q, q, None, cache=object())
         model.set_attn_implementation(handle.name)
         weights = model(tokens(1, 20), output_attentions=True).attentions
         assert all(w is None for w in weights or ())  # transformers 5.0 has no tuple at all

@@ -79,11 +79,17 @@ class CacheMemory:
             return
         self._arrived.pop(module, None)  # of a pass that another function served
         kept = [memory for memory in self._kept.get(module, []) if memory.keys() is not None]
-        held = _held_keys(kwargs.get("past_key_values"), getattr(module, "layer_idx", None))
+        held = _held_keys(_cache_of(kwargs), getattr(module, "layer_idx", None))
         for memory in kept:
             if memory.keys() is held:
                 self._arrived[module] = memory
         self._kept[module] = [memory for memory in kept if memory.keys() is not held]
+
+
+def _cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among an attention module's arguments: "cache" since transformers 5.24."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _held_keys(cache: Any, layer_idx: int | None) -> Tensor | None:
