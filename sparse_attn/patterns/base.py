@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparse_attn.index import SparseIndex
+from sparse_attn.selection.blocks import BlockGrid
 
 MAX_INDEX_BYTES = 64 << 20
 """What the lists of one call may take where a pattern can be built a band of rows at a time."""
@@ -126,6 +127,35 @@ class PatternState(Pattern):
     @abstractmethod
     def reset(self) -> None:
         """Forgets everything."""
+
+
+class BlockPattern(Pattern):
+    """A pattern that chooses whole blocks: the fields and the grid that such patterns share."""
+
+    block_m: int
+    block_n: int
+    sink_blocks: int
+    local_blocks: int
+
+    def _check_fields(self) -> None:
+        """Raises TypeError or ValueError unless the fields are ones that an index can have."""
+        owner = type(self).__name__
+        check_blocks(owner, self.block_m, self.block_n)
+        check_int(owner, "sink_blocks", self.sink_blocks, 0)
+        check_int(owner, "local_blocks", self.local_blocks, 0)
+
+    def _grid(self, q: Tensor, k: Tensor, *, causal: bool, q_offset: int | None) -> BlockGrid:
+        """Tiles and blocks of a call, and which of them may and which must be chosen."""
+        return BlockGrid(
+            seqlen_q=q.shape[2],
+            seqlen_k=k.shape[2],
+            block_m=self.block_m,
+            block_n=self.block_n,
+            q_offset=offset_or_default(q, k, q_offset),
+            causal=causal,
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+        )
 
 
 def check_qk(owner: str, q: Tensor, k: Tensor) -> None:

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.base import (
-    Pattern,
-    check_blocks,
-    check_int,
+    BlockPattern,
     check_qk,
-    offset_or_default,
     scale_or_default,
 )
 from sparse_attn.patterns.block_rule import BlockRule
@@ -23,7 +20,7 @@ from sparse_attn.selection import BlockGrid, bands, blocks_index, mean_pool, poo
 
 
 @dataclass(frozen=True)
-class BlockSparse(Pattern):
+class BlockSparse(BlockPattern):
     """Key blocks whose mean key scores best against the mean query of a tile.
 
     score(tile, block) = softmax_scale * mean(q of the tile) . mean(k of the block), in float32, by
@@ -80,9 +77,7 @@ class BlockSparse(Pattern):
 
     def __post_init__(self) -> None:
         self._rule()
-        check_blocks("BlockSparse", self.block_m, self.block_n)
-        check_int("BlockSparse", "sink_blocks", self.sink_blocks, 0)
-        check_int("BlockSparse", "local_blocks", self.local_blocks, 0)
+        self._check_fields()
 
     def build(
         self,
@@ -95,16 +90,7 @@ class BlockSparse(Pattern):
     ) -> SparseIndex:
         """See `Pattern.build`; the index has every query head and no columns."""
         check_qk("BlockSparse", q, k)
-        grid = BlockGrid(
-            seqlen_q=q.shape[2],
-            seqlen_k=k.shape[2],
-            block_m=self.block_m,
-            block_n=self.block_n,
-            q_offset=offset_or_default(q, k, q_offset),
-            causal=causal,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-        )
+        grid = self._grid(q, k, causal=causal, q_offset=q_offset)
         rule = self._rule()
         masks = [
             rule.choose(scores, grid, logits=True, first_tile=tiles.start)

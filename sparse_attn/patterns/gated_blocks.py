@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.base import (
-    Pattern,
+    BlockPattern,
     check_blocks,
     check_int,
     check_qk,
@@ -99,7 +99,7 @@ def block_scores_index(
 
 
 @dataclass(frozen=True)
-class GatedBlocks(Pattern):
+class GatedBlocks(BlockPattern):
     """Blocks by the scores of a gate: SeerAttention's, NSA's compressed attention, one's own.
 
     Exactly one of top_k, density, top_p and threshold is the budget, as in `BlockSparse`.
@@ -148,9 +148,7 @@ class GatedBlocks(Pattern):
                 "of (q, k), or ready scores to block_scores_index."
             )
         BlockRule("GatedBlocks", self.top_k, self.density, self.top_p, self.threshold)
-        check_blocks("GatedBlocks", self.block_m, self.block_n)
-        check_int("GatedBlocks", "sink_blocks", self.sink_blocks, 0)
-        check_int("GatedBlocks", "local_blocks", self.local_blocks, 0)
+        self._check_fields()
 
     def build(
         self,

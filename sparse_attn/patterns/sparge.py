@@ -11,20 +11,17 @@ from torch import Tensor
 
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.base import (
-    Pattern,
-    check_blocks,
-    check_int,
+    BlockPattern,
     check_qk,
-    offset_or_default,
     scale_or_default,
 )
 from sparse_attn.patterns.block_rule import BlockRule
 from sparse_attn.patterns.block_sparse import pooled_bands
-from sparse_attn.selection import BlockGrid, block_similarity, blocks_index
+from sparse_attn.selection import block_similarity, blocks_index
 
 
 @dataclass(frozen=True)
-class SpargeAttention(Pattern):
+class SpargeAttention(BlockPattern):
     """Blocks by the scores of their means, and all of those whose rows are not alike.
 
     The self-similarity of a run of rows is the mean cosine over all its pairs. A key block below
@@ -76,9 +73,7 @@ class SpargeAttention(Pattern):
                 f"sparse_attn.SpargeAttention: similarity={self.similarity} is outside [-1, 1]; "
                 "pass a cosine."
             )
-        check_blocks("SpargeAttention", self.block_m, self.block_n)
-        check_int("SpargeAttention", "sink_blocks", self.sink_blocks, 0)
-        check_int("SpargeAttention", "local_blocks", self.local_blocks, 0)
+        self._check_fields()
 
     def build(
         self,
@@ -91,16 +86,7 @@ class SpargeAttention(Pattern):
     ) -> SparseIndex:
         """See `Pattern.build`; the index has every query head and no columns."""
         check_qk("SpargeAttention", q, k)
-        grid = BlockGrid(
-            seqlen_q=q.shape[2],
-            seqlen_k=k.shape[2],
-            block_m=self.block_m,
-            block_n=self.block_n,
-            q_offset=offset_or_default(q, k, q_offset),
-            causal=causal,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-        )
+        grid = self._grid(q, k, causal=causal, q_offset=q_offset)
         rule = self._rule()
         mixed_rows = (block_similarity(q, self.block_m) < self.similarity).flatten(0, 1)
         mixed_keys = block_similarity(k, self.block_n) < self.similarity

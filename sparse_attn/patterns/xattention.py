@@ -10,19 +10,17 @@ from torch import Tensor
 
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.base import (
-    Pattern,
-    check_blocks,
+    BlockPattern,
     check_int,
     check_qk,
-    offset_or_default,
     scale_or_default,
 )
 from sparse_attn.patterns.block_rule import check_share
-from sparse_attn.selection import BlockGrid, antidiagonal_scores, block_top_p, blocks_index
+from sparse_attn.selection import antidiagonal_scores, block_top_p, blocks_index
 
 
 @dataclass(frozen=True)
-class XAttention(Pattern):
+class XAttention(BlockPattern):
     """The fewest blocks that hold a share of the mass that antidiagonals estimate.
 
     Rows and keys are seen in cells of `stride`; a cell's logit is the mean of the scaled q . k over
@@ -65,9 +63,7 @@ class XAttention(Pattern):
     def __post_init__(self) -> None:
         check_int("XAttention", "stride", self.stride, 1)
         check_share("XAttention", "threshold", self.threshold)
-        check_blocks("XAttention", self.block_m, self.block_n)
-        check_int("XAttention", "sink_blocks", self.sink_blocks, 0)
-        check_int("XAttention", "local_blocks", self.local_blocks, 0)
+        self._check_fields()
         for name, block in (("block_m", self.block_m), ("block_n", self.block_n)):
             if block % self.stride:
                 raise ValueError(
@@ -86,17 +82,7 @@ class XAttention(Pattern):
     ) -> SparseIndex:
         """See `Pattern.build`; the index has every query head and no columns."""
         check_qk("XAttention", q, k)
-        offset = offset_or_default(q, k, q_offset)
-        grid = BlockGrid(
-            seqlen_q=q.shape[2],
-            seqlen_k=k.shape[2],
-            block_m=self.block_m,
-            block_n=self.block_n,
-            q_offset=offset,
-            causal=causal,
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-        )
+        grid = self._grid(q, k, causal=causal, q_offset=q_offset)
         scores = antidiagonal_scores(
             q,
             k,
@@ -104,7 +90,7 @@ class XAttention(Pattern):
             block_m=self.block_m,
             block_n=self.block_n,
             softmax_scale=scale_or_default(q, softmax_scale),
-            q_offset=offset,
+            q_offset=grid.q_offset,
             causal=causal,
         )
         mask = block_top_p(scores, self.threshold, grid, logits=False)
