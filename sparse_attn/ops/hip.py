@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,45 +159,28 @@ def leaf_lists(
     return result
 
 
-def _pieces_like(q: Tensor, block_m: int, lists: int, capacity: int) -> Pieces:
-    shape = (q.shape[0], lists, (q.shape[2] + block_m - 1) // block_m)
-    starts = q.new_empty((*shape, capacity), dtype=torch.int32)
-    return starts, q.new_empty(shape, dtype=torch.int32)
+def _pieces_fake(capacity: int) -> Callable[..., Pieces]:
+    """Fake of a search; which argument after `lists`, from 0, says how many pieces a tile keeps."""
+
+    def fake(
+        q: Tensor,
+        k: Tensor,
+        q_offset: int,
+        softmax_scale: float,
+        block_m: int,
+        stride_q: int,
+        lists: int,
+        *rest: Any,
+    ) -> Pieces:
+        shape = (q.shape[0], lists, (q.shape[2] + block_m - 1) // block_m)
+        starts = q.new_empty((*shape, rest[capacity]), dtype=torch.int32)
+        return starts, q.new_empty(shape, dtype=torch.int32)
+
+    return fake
 
 
-@torch.library.register_fake("sparse_attn::hip_tree")  # type: ignore[untyped-decorator]
-def _hip_tree_fake(
-    q: Tensor,
-    k: Tensor,
-    q_offset: int,
-    softmax_scale: float,
-    block_m: int,
-    stride_q: int,
-    lists: int,
-    sink: int,
-    window: int,
-    groups: int,
-    *_: Any,
-) -> Pieces:
-    return _pieces_like(q, block_m, lists, groups)
-
-
-@torch.library.register_fake("sparse_attn::hip_stage")  # type: ignore[untyped-decorator]
-def _hip_stage_fake(
-    q: Tensor,
-    k: Tensor,
-    q_offset: int,
-    softmax_scale: float,
-    block_m: int,
-    stride_q: int,
-    lists: int,
-    sink: int,
-    window: int,
-    chunk: int,
-    keep: int,
-    *_: Any,
-) -> Pieces:
-    return _pieces_like(q, block_m, lists, keep)
+torch.library.register_fake("sparse_attn::hip_tree", _pieces_fake(2))  # sink, window, groups
+torch.library.register_fake("sparse_attn::hip_stage", _pieces_fake(3))  # sink, window, chunk, keep
 
 
 @torch.library.register_fake("sparse_attn::leaf_lists")  # type: ignore[untyped-decorator]
