@@ -23,6 +23,7 @@ from heads import load_model, load_text, tokens_of
 from sparse_attn import AShape, Dense, HeadPlan
 from sparse_attn.calibration.command import reading
 from sparse_attn.demo import DTYPES, environment
+from sparse_attn.env import command_line
 
 SINK = 64
 WARM_UP_TOKENS = 64
@@ -66,7 +67,7 @@ def main() -> None:
     rivals = [r for r in records[2:] if r["attention_cpu_s"] >= ours["attention_cpu_s"]]
     rival = min(rivals, key=lambda r: r["attention_cpu_s"], default=None)
     report = {
-        "command": "python benchmarks/calibrated.py " + " ".join(sys.argv[1:]),
+        "command": command_line(["python", "benchmarks/calibrated.py", *sys.argv[1:]]),
         "environment": environment(),
         "model": arguments.model,
         "text": arguments.text,

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import shlex
 import sys
 import time
 from dataclasses import replace
@@ -31,6 +30,7 @@ from sparse_attn import CentroidIndex, calibrate_threshold
 from sparse_attn.bench.machine import Machine
 from sparse_attn.bench.runner import environment
 from sparse_attn.bench.timing import interleaved, paired_ratio, spread
+from sparse_attn.env import command_line
 from sparse_attn.selection import cluster_means, cluster_members, spherical_kmeans
 
 HEAD_DIM = 128
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS, help="parts are replaced in it")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    command = "python " + shlex.join(["benchmarks/centroid_cost.py", *sys.argv[1:]])
+    command = command_line(["python", "benchmarks/centroid_cost.py", *sys.argv[1:]])
     found = []
     for part in arguments.parts:
         for record in PARTS[part](arguments.rounds):

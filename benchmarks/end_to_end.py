@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +33,10 @@ from heads import load_model, load_text, tokens_of
 from torch import Tensor
 
 from sparse_attn import Adaptive, AShape, BlockSparse, Dense, Pattern, VerticalSlash, presets
-from sparse_attn.demo import DTYPES, answer_nll, densities, environment, wrapped_attention
+from sparse_attn.demo import DTYPES, answer_nll, densities, environment
+from sparse_attn.env import command_line
 from sparse_attn.index import SparseIndex
-from sparse_attn.integrations.transformers import enable
+from sparse_attn.integrations.transformers import enable, wrapped_attention
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP_TOKENS = 64
@@ -190,6 +191,24 @@ def opened(file: Path, conditions: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def keep(
+    report: dict[str, Any], record: dict[str, Any], case: Sequence[str], file: Path, program: str
+) -> None:
+    """Puts a record into the report, in place of the one of the same case, and writes it.
+
+    Args:
+        report: as `opened` gave it.
+        record: the new record; the command is added.
+        case: names of the entries that say which case a record is of.
+        file: the report's.
+        program: the benchmark's file name.
+    """
+    record["command"] = command_line(["python", f"benchmarks/{program}", *sys.argv[1:]])
+    others = [r for r in report["records"] if any(r[name] != record[name] for name in case)]
+    report["records"] = [*others, record]
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def run(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     """Every method asked for, written after each."""
     wanted = arguments.methods.split(",") if arguments.methods else list(METHODS)
@@ -212,30 +231,38 @@ def run(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
     ids = tokens_of(tokenizer, load_text(arguments.text, arguments.deb), arguments.tokens)
     for method in wanted:
         record = measure(model, ids, method, arguments.scored)
-        record["command"] = "python benchmarks/end_to_end.py " + " ".join(sys.argv[1:])
-        kept = [r for r in report["records"] if r["method"] != method]
-        report["records"] = [*kept, record]
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        keep(report, record, ["method"], file, "end_to_end.py")
         print(f"{method}: {record['prefill_cpu_s']:.1f} s, {record['perplexity']:.3f}", flush=True)
     return report
+
+
+def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Arguments that benchmarks of whole models have in common.
+
+    Args:
+        description: the module's docstring.
+        name: of its results.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
+    parser.add_argument("--text", default="code", help="as in heads.py (%(default)s)")
+    parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help=f"default results/{name}_MODEL.json")
+    parser.add_argument("--table", action="store_true", help="only show what the file holds")
+    return parser
 
 
 @torch.no_grad()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
-    parser.add_argument("--text", default="code", help="as in heads.py (%(default)s)")
-    parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")
+    parser = parser_of(__doc__, "end_to_end")
     parser.add_argument("--tokens", type=int, default=8192, help="(%(default)s)")
     parser.add_argument("--scored", type=int, default=2048, help="last tokens (%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--methods", help="comma-separated; default all")
-    parser.add_argument("--json", metavar="FILE", help="default results/end_to_end_MODEL.json")
-    parser.add_argument("--table", action="store_true", help="only show what the file holds")
     arguments = parser.parse_args()
     if not 0 < arguments.scored < arguments.tokens:
         raise SystemExit("--scored must be at least 1 and below --tokens.")

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from end_to_end import RESULTS, Stopwatch, opened, read
+from end_to_end import RESULTS, Stopwatch, keep, opened, parser_of, read
 from heads import load_model, load_text, tokens_of
 from torch import Tensor
 
@@ -117,10 +116,7 @@ def run(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
             # Batch entries are neighbouring parts of the text, without padding.
             ids = tokens_of(tokenizer, text, tokens * batch).view(batch, tokens)
             record = measure(model, ids, arguments.new, arguments.rounds)
-            record["command"] = "python benchmarks/generate.py " + " ".join(sys.argv[1:])
-            others = [r for r in report["records"] if (r["tokens"], r["batch"]) != (tokens, batch)]
-            report["records"] = [*others, record]
-            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            keep(report, record, ["tokens", "batch"], file, "generate.py")
             print(f"{tokens} x {batch}: {record['ratio']:.3f} of sdpa", flush=True)
     return report
 
@@ -128,19 +124,11 @@ def run(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
-    parser.add_argument("--text", default="code", help="as in heads.py (%(default)s)")
-    parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")
+    parser = parser_of(__doc__, "generate")
     parser.add_argument("--tokens", default="128,512,2048", help="lengths (%(default)s)")
     parser.add_argument("--batch", default="1", help="sizes (%(default)s)")
     parser.add_argument("--new", type=int, default=16, help="generated tokens (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="default results/generate_MODEL.json")
-    parser.add_argument("--table", action="store_true", help="only show what the file holds")
     arguments = parser.parse_args()
     file = Path(arguments.json or RESULTS / f"generate_{arguments.model}.json")
     if arguments.table:

@@ -43,9 +43,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_attn.demo import SKIPPED_CHARACTERS, read_text, wrapped_attention
+from sparse_attn.demo import SKIPPED_CHARACTERS, read_text
+from sparse_attn.env import cache_folder
 from sparse_attn.integrations import smollm2
-from sparse_attn.integrations.transformers import enable
+from sparse_attn.integrations.transformers import enable, wrapped_attention
 
 Q05_NAME = "Qwen2.5-Coder-0.5B-Instruct"
 Q05_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -54,7 +55,7 @@ CODE_MODULES = ("argparse", "tarfile", "inspect", "typing")
 
 def q05_dir() -> Path:
     """The folder of the converted q05, made on first use."""
-    target = smollm2.cache_dir() / Q05_NAME
+    target = cache_folder() / Q05_NAME
     if (target / "model.safetensors").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ def tokens_of(tokenizer: Any, text: str, count: int) -> Tensor:
 
 def folder_of(model: str, text: str, tokens: int) -> Path:
     """Where captured heads are kept."""
-    return smollm2.cache_dir() / "heads" / f"{model}-{Path(text).stem}-{tokens}"
+    return cache_folder() / "heads" / f"{model}-{Path(text).stem}-{tokens}"
 
 
 def layers(
@@ -200,7 +201,7 @@ def main() -> None:
         return
     model, tokenizer = load_model(arguments.model, torch.float32)
     ids = tokens_of(tokenizer, load_text(arguments.text, arguments.deb), arguments.tokens)
-    with tempfile.TemporaryDirectory(dir=smollm2.cache_dir()) as scratch:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         capture(model, ids, Path(scratch) / "heads")
         folder.parent.mkdir(parents=True, exist_ok=True)
         (Path(scratch) / "heads").rename(folder)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from selection_cost import HEAD_DIM, inputs
 import sparse_attn
 from sparse_attn.bench.runner import environment
 from sparse_attn.bench.timing import interleaved, paired_ratio, spread
+from sparse_attn.env import command_line
 
 PATTERNS = {
     "hip_leaves_of_64": sparse_attn.HiP(block_k=64, stride_k=16, stride_q=4),
@@ -99,7 +99,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = [measure(c, n, arguments.rounds) for c in arguments.cases for n in arguments.lengths]
-    command = "python " + shlex.join(["benchmarks/hip_scaling.py", *sys.argv[1:]])
+    command = command_line(["python", "benchmarks/hip_scaling.py", *sys.argv[1:]])
     for record in found:
         record |= {"command": command, "env": environment()}
     old = json.loads(arguments.json.read_text()) if arguments.json.exists() else []

@@ -20,6 +20,7 @@ import argparse
 import importlib
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch import Tensor
 import sparse_attn
 from sparse_attn import Pattern
 from sparse_attn.demo import environment
+from sparse_attn.env import command_line
 
 RECALLS = (0.90, 0.95, 0.98)
 ORACLE_SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.8)
@@ -152,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     methods = ladders(arguments.tokens)
     wanted = arguments.methods.split(",") if arguments.methods else [*methods, "oracle"]
     report: dict[str, Any] = {
-        "command": "python benchmarks/recall.py " + " ".join(arguments.command_line),
+        "command": command_line(["python", "benchmarks/recall.py", *sys.argv[1:]]),
         "environment": environment(),
         "model": arguments.model,
         "text": arguments.text,
@@ -283,7 +285,6 @@ def main() -> None:
     parser.add_argument("--table", metavar="FILE", nargs="+", help="only show these reports")
     parser.add_argument("--plot", metavar="FILE", help="with --table: draw the curves")
     arguments = parser.parse_args()
-    arguments.command_line = importlib.import_module("sys").argv[1:]
     if arguments.table:
         report = merged(arguments.table)
     else:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 import sparse_attn
 from sparse_attn.bench.runner import environment
 from sparse_attn.bench.timing import interleaved, paired_ratio, spread
+from sparse_attn.env import command_line
 from sparse_attn.patterns import Pattern
 
 DENSITY = 0.05
@@ -216,7 +216,7 @@ def main() -> None:
     for seqlen in arguments.lengths:
         dtype = getattr(torch, arguments.dtype)
         found += measure(seqlen, arguments.cases, dtype, arguments.rounds)
-    command = "python " + shlex.join(["benchmarks/selection_cost.py", *sys.argv[1:]])
+    command = command_line(["python", "benchmarks/selection_cost.py", *sys.argv[1:]])
     for record in found:
         record |= {"command": command, "env": environment()}
     old = json.loads(arguments.json.read_text()) if arguments.json.exists() else []

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn.env import command_line
 from sparse_attn.index import SparseIndex
 from sparse_attn.integrations import smollm2
-from sparse_attn.integrations.transformers import enable
+from sparse_attn.integrations.transformers import enable, wrapped_attention
 from sparse_attn.patterns import AShape, Dense, Pattern, PerHead, VerticalSlash
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -131,18 +132,6 @@ class _Recorded(Pattern):
         index = self.inner.build(q, k, **options)
         self.store.append(index)
         return index
-
-
-@contextlib.contextmanager
-def wrapped_attention(implementation: str, wrapper: Any) -> Iterator[None]:
-    """Let `wrapper(function, *args, **kwargs)` stand for a registered attention function."""
-    registry = importlib.import_module("transformers.modeling_utils").AttentionInterface
-    function = registry._global_mapping[implementation]
-    registry.register(implementation, lambda *args, **kwargs: wrapper(function, *args, **kwargs))
-    try:
-        yield
-    finally:
-        registry.register(implementation, function)
 
 
 @contextlib.contextmanager
@@ -470,7 +459,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("heads of the mixed choice: " + ", ".join(f"{n} {p}" for p, n in counts.items() if n))
     if arguments.json:
         report = {
-            "command": " ".join(getattr(arguments, "command_line", ["sparse_attn", "demo"])),
+            "command": command_line(getattr(arguments, "command_line", ["sparse_attn", "demo"])),
             "environment": environment(),
             "model": f"{smollm2.MODEL_NAME} ({smollm2.PACKAGE}, {arguments.dtype})",
             "text": {"source": source, "tokens": ids.shape[1]},

@@ -32,14 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_attn.env import cache_folder, cpu_model
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns import Pattern
 from sparse_attn.patterns.preset import Preset
 
 FORMAT = 1
+DECODE_MAX_ROWS = 16
+"""Calls of at most this many query rows decode: one token, or a few speculated ones."""
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 _SHIPPED = Path(__file__).parent / "costs.json"
-_MIN_ROWS = 17  # below, a call decodes: its patterns are made for that, and cost otherwise
 _MEASURED_DIM = 64
 _NEAR = 128  # keys at and before a row that every pattern keeps, about
 
@@ -144,7 +146,7 @@ def is_on(fallback: bool | None) -> bool:
 
 def applies(pattern: Pattern, q: Tensor, fallback: bool | None) -> bool:
     """Whether the questions below are to be asked; q is [batch, num_heads, seqlen_q, head_dim]."""
-    return pattern.approximates and q.is_cpu and q.shape[2] >= _MIN_ROWS and is_on(fallback)
+    return pattern.approximates and q.is_cpu and q.shape[2] > DECODE_MAX_ROWS and is_on(fallback)
 
 
 def before(pattern: Pattern, q: Tensor, k: Tensor, causal: bool, q_offset: int) -> Verdict:
@@ -182,24 +184,15 @@ def machine() -> dict[str, Any]:
     return {
         "format": FORMAT,
         "processor": platform.processor() or platform.machine(),
-        "model": _model_name(),
+        "model": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
 
 
-def _model_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
-
-
 def cache_file() -> Path:
     """Where `tune` keeps this machine's table."""
-    folder = os.environ.get("SPARSE_ATTN_CACHE") or Path.home() / ".cache" / "sparse_attn"
-    return Path(folder) / "costs.json"
+    return cache_folder() / "costs.json"
 
 
 @lru_cache(maxsize=1)

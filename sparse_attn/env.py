@@ -4,7 +4,8 @@
     python -m sparse_attn env
 
 Where the package itself cannot be imported, run this file: it imports nothing but the standard
-library until it is asked for the rest.
+library until it is asked for the rest. What other modules need to know of the machine stands here
+too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,43 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PACKAGES = ("sparse_attn", "torch", "numpy", "transformers", "vllm", "flash_attn", "matplotlib")
 _HERE = Path(__file__).resolve().parent
+
+
+def cpu_model() -> str:
+    """Name of the processor; that of its architecture where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def cache_folder() -> Path:
+    """Where the package keeps what it has made: SPARSE_ATTN_CACHE or ~/.cache/sparse_attn."""
+    return Path(os.environ.get("SPARSE_ATTN_CACHE") or Path.home() / ".cache" / "sparse_attn")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as records keep it: to be typed again, and without the folders of this machine.
+
+    Example:
+        >>> command_line(["python", "run.py", "--methods", "a b", "--json=/home/me/x.json"])
+        "python run.py --methods 'a b' --json=x.json"
+    """
+
+    def short(word: str) -> str:
+        option, equals, value = word.rpartition("=")
+        return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)
+
+    return shlex.join(map(short, words))
 
 
 def report() -> dict[str, str]:
@@ -52,12 +84,7 @@ def _versions() -> str:
 
 
 def _cpu() -> str:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} processors"
+    return f"{cpu_model()}, {os.cpu_count()} processors"
 
 
 def _torch() -> str:
@@ -117,7 +144,7 @@ def _cuda_kernels() -> str:
 
 
 def _cache() -> str:
-    folder = Path(os.environ.get("SPARSE_ATTN_CACHE") or Path.home() / ".cache" / "sparse_attn")
+    folder = cache_folder()
     if not folder.exists():
         return f"{folder} (nothing there)"
     entries = sorted(folder.iterdir())

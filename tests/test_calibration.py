@@ -89,7 +89,7 @@ def test_against_every_combination():
 
 def test_recall_and_change_are_those_of_the_masks():
     """Against fp64 softmax over boolean masks, on the model's own q, k and v."""
-    from sparse_attn.demo import wrapped_attention
+    from sparse_attn.integrations.transformers import wrapped_attention
 
     model, ids = tiny(), tokens(90)
     caught = {}

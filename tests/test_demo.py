@@ -19,7 +19,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("gguf")
 
-from sparse_attn import demo
+from sparse_attn import demo, env
 from sparse_attn.__main__ import main
 from sparse_attn.integrations import smollm2
 from sparse_attn.patterns import AShape, Dense, VerticalSlash
@@ -119,10 +119,10 @@ def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSE_ATTN_CACHE", str(tmp_path))
-    assert smollm2.cache_dir() == tmp_path
+    assert env.cache_folder() == tmp_path
     assert not smollm2.is_converted()
     monkeypatch.delenv("SPARSE_ATTN_CACHE")
-    assert smollm2.cache_dir() == Path.home() / ".cache" / "sparse_attn"
+    assert env.cache_folder() == Path.home() / ".cache" / "sparse_attn"
 
 
 def words(text: str, return_tensors: str) -> Any:

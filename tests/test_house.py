@@ -120,6 +120,14 @@ def test_native_layers(folder, forbidden):
         assert not found, f"{path.relative_to(REPO)} includes {found}"
 
 
+def test_records_keep_no_folders_of_a_machine():
+    files = sorted((REPO / "benchmarks" / "results").rglob("*.json"))
+    assert files
+    for file in files:
+        found = re.search(r"""["'\s=](/\w|~/).*""", file.read_text())
+        assert not found, f"{file.name}: {found[0][:100]}"
+
+
 def test_every_source_file_names_its_licence():
     sources = [*package_files(), *native_files(""), *(REPO / "tests").glob("*.py")]
     for path in sources:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparse_attn.env import command_line
 
 from . import accuracy, peers, report
 from .cases import DTYPES, KINDS
@@ -124,7 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for group in SUITES[suite](options) if suite else custom(options):
             run_group(group, settings, results, suite)
     return {
-        "command": shlex.join(arguments.command_line),
+        "command": command_line(arguments.command_line),
         "env": environment(),
         "clock": arguments.clock,
         "machine": {"threads": arguments.threads, "limits": limits},

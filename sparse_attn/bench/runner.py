@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sparse_attn
 from sparse_attn import ops
+from sparse_attn.env import cpu_model
 from sparse_attn.index import Density
 
 from . import peers
@@ -102,14 +103,11 @@ class Results:
 
 def environment() -> dict[str, Any]:
     """Versions and the machine, as every record carries them."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        model = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), model)
     return {
         "sparse_attn": getattr(sparse_attn, "__version__", "unknown"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": model,
+        "cpu": cpu_model(),
         "cpus": os.cpu_count(),
         "cpu_capability": ops.cpu_capability(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -25,11 +25,11 @@ from sparse_attn.attention import attention
 from sparse_attn.calibration.calibrate import calibration, seconds_of
 from sparse_attn.calibration.measure import default_candidates
 from sparse_attn.calibration.report import check_file, write_report
-from sparse_attn.demo import DTYPES, answer_nll, read_text, wrapped_attention
+from sparse_attn.demo import DTYPES, answer_nll, read_text
 from sparse_attn.heads import HeadPlan
 from sparse_attn.heads.plan import text_config
 from sparse_attn.integrations import smollm2
-from sparse_attn.integrations.transformers import enable
+from sparse_attn.integrations.transformers import enable, wrapped_attention
 from sparse_attn.patterns import Dense
 
 MEASURING = 0.6  # part of the budget for trials; loading and the check take the rest

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sparse_attn.attention import attention
 from sparse_attn.calibration.choose import Trial
-from sparse_attn.demo import wrapped_attention
 from sparse_attn.heads import describe, undescribe
 from sparse_attn.heads.plan import text_config
-from sparse_attn.integrations.transformers import enable
+from sparse_attn.integrations.transformers import enable, wrapped_attention
 from sparse_attn.patterns import AShape, Dense, Pattern, VerticalSlash
 
 ENOUGH = 0.9995

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.attention import attention, attention_decode
-from sparse_attn.integrations.transformers import DECODE_MAX_ROWS
+from sparse_attn.dispatch import DECODE_MAX_ROWS
 from sparse_attn.patterns import SlidingWindow
 
 

@@ -31,6 +31,7 @@ from torch.nn.attention import _registry
 
 from sparse_attn.attention import attention
 from sparse_attn.backends import BACKENDS, Problem
+from sparse_attn.dispatch import DECODE_MAX_ROWS
 from sparse_attn.integrations._handle import Handle
 from sparse_attn.patterns import Pattern
 
@@ -40,9 +41,6 @@ _PREFIX = "sparse_attn.integrations.sdpa"
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 
 PatternLike: TypeAlias = "Pattern | str | Sequence[Pattern | str]"
-
-#: Calls of at most this many query rows over more keys than rows count as decoding.
-DECODE_MAX_ROWS = 16
 
 
 @dataclass
@@ -139,6 +137,41 @@ class SdpaHandle(Handle):
     calls: Counter[str] = field(default_factory=Counter)
 
 
+def _kernel(router: Router, theirs: Any, with_gradient: bool) -> Callable[..., Any]:
+    """What stands in the dispatcher in front of torch's kernel `theirs`.
+
+    Args:
+        router: decides.
+        theirs: the kernel that a call is handed on to.
+        with_gradient: whether it stands above autograd: there only calls that need a gradient are
+            computed, since torch's own would be that of dense attention. All others come to the
+            kernel below, which counts them.
+    """
+
+    def kernel(
+        keys: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Any:
+        reason = router.reason_for_torch(q, k, v, attn_mask, dropout_p, is_causal)
+        if reason is None:
+            needed = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            if needed or not with_gradient:
+                return router.run(q, k, v, is_causal, scale)
+        elif not with_gradient:
+            router.calls[reason] += 1
+        options = {"attn_mask": attn_mask, "scale": scale}
+        return theirs.call_boxed(keys, q, k, v, dropout_p, is_causal, **options)
+
+    return kernel
+
+
 class _Override:
     """The kernels of one implementation, in torch's dispatcher as long as it lives."""
 
@@ -147,48 +180,11 @@ class _Override:
         below = torch.library.get_kernel(op, "CPU")
         above = torch.library.get_kernel(op, "AutogradCPU")
 
-        def forward(
-            keys: Any,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            *,
-            attn_mask: Tensor | None = None,
-            scale: float | None = None,
-        ) -> Any:
-            reason = router.reason_for_torch(q, k, v, attn_mask, dropout_p, is_causal)
-            if reason is None:
-                return router.run(q, k, v, is_causal, scale)
-            router.calls[reason] += 1
-            options = {"attn_mask": attn_mask, "scale": scale}
-            return below.call_boxed(keys, q, k, v, dropout_p, is_causal, **options)
-
-        def with_gradient(
-            keys: Any,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            dropout_p: float = 0.0,
-            is_causal: bool = False,
-            *,
-            attn_mask: Tensor | None = None,
-            scale: float | None = None,
-        ) -> Any:
-            # torch's own gradient would be that of dense attention.
-            wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            reason = router.reason_for_torch(q, k, v, attn_mask, dropout_p, is_causal)
-            if wanted and reason is None:
-                return router.run(q, k, v, is_causal, scale)
-            options = {"attn_mask": attn_mask, "scale": scale}
-            return above.call_boxed(keys, q, k, v, dropout_p, is_causal, **options)
-
         self._library: Any = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():  # torch warns that a kernel is replaced, which is the point
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
-            self._library.impl(_OP, forward, "CPU", with_keyset=True)
-            self._library.impl(_OP, with_gradient, "AutogradCPU", with_keyset=True)
+            self._library.impl(_OP, _kernel(router, below, False), "CPU", with_keyset=True)
+            self._library.impl(_OP, _kernel(router, above, True), "AutogradCPU", with_keyset=True)
 
     def remove(self) -> None:
         """Torch's protocol: take the kernels out."""

