@@ -25,24 +25,10 @@ std::tuple<Tensor, Tensor> attention_cpu(
                         causal,
                         softmax_scale,
                         softcap,
+                        sinks,
                         block_table},
                        sequences);
-  if (sinks.has_value()) {
-    STD_TORCH_CHECK(
-        sinks->is_cpu() && sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 &&
-            sinks->size(0) == p.num_heads && sinks->is_contiguous(),
-        "sparse_attn: sinks is not a contiguous float32 CPU tensor of ", p.num_heads, " numbers");
-    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
-  }
-  Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
-  const int64_t lse_sizes[] = {q.size(0), p.num_heads, p.seqlen_q};
-  Tensor lse = empty_dense(q, lse_sizes, {0, 1, 2}, ScalarType::Float);
-  if (seq_ranges.has_value()) {  // rows of no sequence
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -INFINITY);
-  }
-  p.out = tensor_view(out);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const auto [out, lse] = new_results(q, seq_ranges.has_value(), p);
   raise_fault("attention", cpu::attention_forward(p, torch_threads()));
   return {out, lse};
 }
@@ -56,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const std::optional<Tensor> seq_ranges, int64_t q_offset, bool causal, double softmax_scale,
     double softcap) {
   std::vector<Sequence> sequences;
-  const std::optional<Tensor> not_paged;
+  const std::optional<Tensor> none;
   BackwardParams b;
   b.forward = attention_params({q,
                                 k,
@@ -68,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
                                 causal,
                                 softmax_scale,
                                 softcap,
-                                not_paged},
+                                none,
+                                none},
                                sequences);
   const AttentionParams& p = b.forward;
   for (const Tensor* x : {&delta, &lse})

@@ -246,6 +246,14 @@ AttentionParams call_params(const AttentionArgs& args) {
   p.softmax_scale = static_cast<float>(args.softmax_scale);
   p.softcap = static_cast<float>(args.softcap);
   p.index = index_view(args.index);
+  if (args.sinks.has_value()) {
+    const Tensor& sinks = *args.sinks;
+    STD_TORCH_CHECK(on_device(sinks) && sinks.scalar_type() == ScalarType::Float &&
+                        sinks.dim() == 1 && sinks.size(0) == p.num_heads && sinks.is_contiguous(),
+                    "sparse_attn: sinks is not a contiguous float32 tensor of ", p.num_heads,
+                    " numbers ", kDevice);
+    p.sinks = data<float>(sinks);
+  }
 
   if (paged) set_pages(*args.block_table, p);
   p.num_sequences = count_sequences(args);
@@ -280,6 +288,19 @@ Tensor empty_rows(const Tensor& like, int64_t heads, int64_t seqlen, int64_t dim
   if (like.stride(1) < like.stride(2))
     return empty_dense(like, sizes, {0, 2, 1, 3}, like.scalar_type());
   return empty_dense(like, sizes, {0, 1, 2, 3}, like.scalar_type());
+}
+
+std::pair<Tensor, Tensor> new_results(const Tensor& q, bool ranges, AttentionParams& p) {
+  Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
+  const int64_t lse_sizes[] = {q.size(0), p.num_heads, p.seqlen_q};
+  Tensor lse = empty_dense(q, lse_sizes, {0, 1, 2}, ScalarType::Float);
+  if (ranges) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+  }
+  p.out = tensor_view(out);
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  return {out, lse};
 }
 
 cpu::Executor torch_threads() {

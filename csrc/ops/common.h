@@ -57,6 +57,7 @@ struct AttentionArgs {
   bool causal;
   double softmax_scale;
   double softcap;
+  const std::optional<Tensor>& sinks;  // float32 [num_heads]
   // int32 [num_sequences, max_pages]: k and v are [num_pages, heads, page_size, dim].
   const std::optional<Tensor>& block_table;
 };
@@ -68,6 +69,10 @@ AttentionParams query_key_params(const Tensor& q, const Tensor& k, bool paged = 
 AttentionParams call_params(const AttentionArgs& args);
 // The same and the sequences, which are read from memory, as are the pages to check them.
 AttentionParams attention_params(const AttentionArgs& args, std::vector<Sequence>& sequences);
+
+// The tensors out and lse that the params of a call then point at; where sequences are ranges of q
+// (`ranges`), rows of none of them are 0 and -inf from the start.
+std::pair<Tensor, Tensor> new_results(const Tensor& q, bool ranges, AttentionParams& p);
 
 // Throws if two sequences share tokens of q (&Sequence::q_start, q_len) or of k.
 void check_disjoint(const std::vector<Sequence>& sequences, const char* name,

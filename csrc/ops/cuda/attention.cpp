@@ -25,23 +25,15 @@ std::tuple<Tensor, Tensor> attention_cuda(
                    causal,
                    softmax_scale,
                    softcap,
-                   block_table},
-                  sinks);
+                   sinks,
+                   block_table});
   AttentionParams& p = call.call;
   const Device device(q);
   const Tensor rows[] = {aligned_rows(q), aligned_rows(k), aligned_rows(v)};  // live until launched
   p.q = tensor_view(rows[0]);
   p.k = tensor_view(rows[1]);
   p.v = tensor_view(rows[2]);
-  Tensor out = empty_rows(q, p.num_heads, p.seqlen_q, p.head_dim_v);
-  const int64_t lse_sizes[] = {q.size(0), p.num_heads, p.seqlen_q};
-  Tensor lse = empty_dense(q, lse_sizes, {0, 1, 2}, ScalarType::Float);
-  if (seq_ranges.has_value()) {  // rows of no sequence
-    torch::stable::zero_(out);
-    torch::stable::fill_(lse, -INFINITY);
-  }
-  p.out = tensor_view(out);
-  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const auto [out, lse] = new_results(q, seq_ranges.has_value(), p);
   if (out.numel() > 0 || lse.numel() > 0)
     raise_cuda("attention", call.max_q_len <= cuda::kDecodeMaxRows
                                 ? run_decode(call, q, device.stream())

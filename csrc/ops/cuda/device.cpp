@@ -51,7 +51,7 @@ Tensor aligned_rows(const Tensor& x) {
   return copy;
 }
 
-cuda::DeviceCall device_call(const AttentionArgs& args, const std::optional<Tensor>& sinks) {
+cuda::DeviceCall device_call(const AttentionArgs& args) {
   cuda::DeviceCall call;
   AttentionParams& p = call.call;
   p = call_params(args);
@@ -69,7 +69,7 @@ cuda::DeviceCall device_call(const AttentionArgs& args, const std::optional<Tens
                     "sparse_attn: k, v and the index are not all on the device of q");
   for (const std::optional<Tensor>* x :
        {&index.block_bits_ids, &index.block_bits, &index.column_bias, &args.seq_ranges,
-        &args.block_table, &sinks})
+        &args.block_table, &args.sinks})
     STD_TORCH_CHECK(!x->has_value() || (*x)->get_device_index() == args.q.get_device_index(),
                     "sparse_attn: sinks, seq_ranges, block_table and the index are not all on the "
                     "device of q");
@@ -83,14 +83,6 @@ cuda::DeviceCall device_call(const AttentionArgs& args, const std::optional<Tens
   call.q_offset = args.q_offset;
   call.batch = args.q.size(0);
   call.num_pages = args.k.size(0);
-  if (sinks.has_value()) {
-    STD_TORCH_CHECK(on_device(*sinks) && sinks->scalar_type() == ScalarType::Float &&
-                        sinks->dim() == 1 && sinks->size(0) == p.num_heads &&
-                        sinks->is_contiguous(),
-                    "sparse_attn: sinks is not a contiguous float32 tensor of ", p.num_heads,
-                    " numbers ", kDevice);
-    p.sinks = data<float>(*sinks);
-  }
   return call;
 }
 

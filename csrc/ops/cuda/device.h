@@ -29,7 +29,7 @@ Tensor aligned_rows(const Tensor& x);
 
 // All that a kernel is told of a call, checked against the shapes: values are the kernels' to
 // bound.
-cuda::DeviceCall device_call(const AttentionArgs& args, const std::optional<Tensor>& sinks);
+cuda::DeviceCall device_call(const AttentionArgs& args);
 
 void raise_cuda(const char* op, cudaError_t error);
 
