@@ -2,12 +2,13 @@
 // Work is dealt in groups of tiles (of any head) that read one KV head, so that keys are read once
 // for all of them. A tile has three probes: the sum of its query rows, which ranks the keys, and
 // two of its rows, which check the choice. Per group: products of probes and keys [keys][probes] in
-// float32, levels [keys][probes] in bytes, a histogram of the levels per probe, and the checking
-// rows' mass per level of the sum; then each tile's last level, and one pass over the levels that
-// writes lists.
+// float32; levels of the sums [tiles][keys] in bytes, and per level the keys and what they weigh
+// for the checking rows; then each tile's last level, and one pass over its levels that writes
+// lists.
 #include "adaptive.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -20,11 +21,11 @@ namespace {
 
 constexpr int64_t kMaxScoreBytes = 8 << 20;     // of one group; longer keys make smaller groups
 constexpr int kRowStep = 16;                    // probes come in multiples of it
-constexpr int kChecks = 2;                      // rows of a tile that check its choice
-constexpr int kProbes = 1 + kChecks;            // of a tile
+constexpr int kProbes = 1 + kRankChecks;        // of a tile
 constexpr int kMaxTiles = kTileRows / kProbes;  // tiles of a group
 constexpr int kSolid = 12;                      // chosen keys that make a granule a block
 constexpr uint64_t kHighBits = 0x8080808080808080u;
+constexpr uint64_t kBytes = 0x0101010101010101u;
 
 // A quarter octave a level: 2^31 for the best key, 1 at 31 octaves below it, then nothing.
 struct Weights {
@@ -50,13 +51,28 @@ struct Workspace {
   KeyChunk chunk;
   alignas(64) float factor[kTileRows], top[kTileRows];
   alignas(64) int32_t limits[kTileRows];
-  alignas(64) uint8_t last[kTileRows];
   std::vector<float> probes, wide, scores;
-  std::vector<uint8_t> levels;
-  std::vector<uint32_t> histogram;
-  std::vector<int64_t> checked;  // [checks][tiles][stored level of the sum]: the row's mass
-  std::vector<int32_t> chosen[kMaxTiles];
+  std::vector<uint8_t> levels;   // [tiles][pitch]: 1 + the key's level; 0 is forced
+  std::vector<RankLevel> sums;   // [tiles][kRankLevels]
+  std::vector<int32_t> columns;  // of one tile
 };
+
+int level_of(float top, float x) {
+  const float below = top - x;
+  return below < kRankLevels - 1 ? static_cast<int>(below) : kRankLevels - 1;
+}
+
+// Bit j is set where byte j of `bytes` (below 128) is at most `most`.
+uint64_t at_most(uint64_t bytes, uint64_t most) {
+  const uint64_t high = (((most * kBytes) | kHighBits) - bytes) & kHighBits;
+  return ((high >> 7) * 0x0102040810204080u) >> 56;
+}
+
+uint32_t at_most(const uint8_t* granule, int most) {
+  uint64_t half[2];
+  std::memcpy(half, granule, sizeof(half));
+  return static_cast<uint32_t>(at_most(half[0], most) | at_most(half[1], most) << 8);
+}
 
 class Group {
  public:
@@ -81,18 +97,18 @@ class Group {
     int32_t limit = 0;
     for (int i = 0; i < count_; ++i) limit = std::max(limit, tiles_[i].limit);
     score(limit);
-    space_.levels.resize(int64_t{limit} * rows_);
-    space_.histogram.assign(rows_ * kRankLevels, 0);
-    kernels_.rank_levels(space_.scores.data(), limit, rows_, space_.top, space_.levels.data(),
-                         space_.histogram.data());
-    for (int i = 0; i < count_; ++i) force(tiles_[i], i);
-    check(limit, weights);
-    std::fill_n(space_.last, kTileRows, uint8_t{0});
-    for (int i = 0; i < count_; ++i) choose(tiles_[i], i, weights);
-    collect(limit);
-    for (int i = 0; i < count_; ++i)
-      write(space_.chosen[i], tiles_[i].limit,
+    // An odd number of cache lines: the tiles' levels of one key must not fall into one set.
+    pitch_ = ((limit + 63) / 64 | 1) * 64;
+    space_.levels.resize(pitch_ * count_);
+    space_.sums.assign(int64_t{count_} * kRankLevels, RankLevel{});
+    kernels_.rank_levels(space_.scores.data(), limit, rows_, count_, space_.top, weights.of,
+                         space_.levels.data(), pitch_, space_.sums.data());
+    for (int i = 0; i < count_; ++i) {
+      force(tiles_[i], i, weights);
+      choose(tiles_[i], i, weights);
+      write(tiles_[i], space_.levels.data() + i * pitch_,
             keys[(batch_ * p_.num_heads + tiles_[i].head) * tiles + tiles_[i].tile]);
+    }
   }
 
  private:
@@ -105,7 +121,7 @@ class Group {
       kernels_.widen(row_pointer(p_.q, batch_, tile.head, first + r, width), row_values,
                      p_.head_dim, p_.dtype);
       for (int d = 0; d < p_.head_dim; ++d) sum[d] += row_values[d];
-      for (int c = 0; c < kChecks; ++c)
+      for (int c = 0; c < kRankChecks; ++c)
         if (r == check_row(rows, c))
           std::copy_n(row_values, p_.head_dim, sum + int64_t{1 + c} * count_ * p_.head_dim);
     }
@@ -119,7 +135,7 @@ class Group {
     const double factor = 4 * M_LOG2E * static_cast<double>(p_.softmax_scale);
     space_.factor[i] = static_cast<float>(factor / rows);
     space_.limits[i] = tile.limit;
-    for (int c = 0; c < kChecks; ++c) {
+    for (int c = 0; c < kRankChecks; ++c) {
       const int probe = (1 + c) * count_ + i;
       space_.factor[probe] = static_cast<float>(factor);
       space_.limits[probe] = p_.causal ? clamp(position + check_row(rows, c) + 1) : tile.limit;
@@ -127,7 +143,7 @@ class Group {
   }
 
   // The middles of the halves of a tile.
-  static int64_t check_row(int64_t rows, int c) { return rows * (2 * c + 1) / (2 * kChecks); }
+  static int64_t check_row(int64_t rows, int c) { return rows * (2 * c + 1) / (2 * kRankChecks); }
 
   // Scaled products with keys [0, limit), and each probe's best.
   void score(int32_t limit) {
@@ -162,13 +178,19 @@ class Group {
     }
   }
 
-  // Marks the forced keys with level 0, out of the histogram.
-  void force(TileChoice& tile, int i) {
-    uint32_t* counts = space_.histogram.data() + i * kRankLevels;
+  // Marks the forced keys with level 0, and takes them out of the sums.
+  void force(TileChoice& tile, int i, const Weights& weights) {
+    RankLevel* sums = space_.sums.data() + int64_t{i} * kRankLevels;
     const auto mark = [&](int64_t begin, int64_t end) {
       for (int64_t key = begin; key < end; ++key, ++tile.forced) {
-        uint8_t& level = space_.levels[key * rows_ + i];
-        --counts[level - 1];
+        uint8_t& level = space_.levels[i * pitch_ + key];
+        RankLevel& sum = sums[level - 1];
+        --sum.keys;
+        for (int c = 0; c < kRankChecks; ++c) {
+          const int probe = (1 + c) * count_ + i;
+          sum.mass[c] -=
+              weights.of[level_of(space_.top[probe], space_.scores[key * rows_ + probe])];
+        }
         level = 0;
       }
     };
@@ -177,34 +199,18 @@ class Group {
     mark(std::max<int64_t>(sink, tile.near_begin), tile.own_end);
   }
 
-  // The checking rows' mass, by the level of the sum.
-  void check(int32_t limit, const Weights& weights) {
-    space_.checked.assign(int64_t{kChecks} * count_ * (kRankLevels + 1), 0);
-    const uint8_t* levels = space_.levels.data();
-    for (int32_t key = 0; key < limit; ++key, levels += rows_) {
-      int64_t* checked = space_.checked.data();
-      for (int c = 1; c <= kChecks; ++c)
-        for (int i = 0; i < count_; ++i, checked += kRankLevels + 1)
-          checked[levels[i]] += weights.of[levels[c * count_ + i] - 1];
-    }
-  }
-
   // Finds where the choice ends.
   void choose(TileChoice& tile, int i, const Weights& weights) {
-    const uint32_t* counts = space_.histogram.data() + i * kRankLevels;
-    const int64_t* checked[kChecks];
+    const RankLevel* sums = space_.sums.data() + int64_t{i} * kRankLevels;
     // Forced keys count for nothing: what the first key holds would hide what it does not give.
-    int64_t mass = 0, total = 0, row_mass[kChecks] = {}, row_total[kChecks] = {};
-    for (int c = 0; c < kChecks; ++c)
-      checked[c] = space_.checked.data() + (int64_t{c} * count_ + i) * (kRankLevels + 1);
+    int64_t mass = 0, total = 0, row_mass[kRankChecks] = {}, row_total[kRankChecks] = {};
     for (int level = 0; level < kRankLevels; ++level) {
-      total += counts[level] * weights.of[level];
-      for (int c = 0; c < kChecks; ++c) row_total[c] += checked[c][level + 1];
+      total += sums[level].keys * weights.of[level];
+      for (int c = 0; c < kRankChecks; ++c) row_total[c] += sums[level].mass[c];
     }
     if (!std::isfinite(space_.top[i])) {  // nothing is known of this tile
       tile.last = kRankLevels;
-      tile.quota = tile.limit - tile.forced;
-      for (int level = 0; level + 1 < kRankLevels; ++level) tile.quota -= counts[level];
+      tile.quota = tile.limit;
     } else {
       const auto share = [](double part, int64_t whole) {
         return static_cast<int64_t>(std::ceil(part * static_cast<double>(whole)));
@@ -212,59 +218,46 @@ class Group {
       const int64_t target = share(rule_.mass, total);
       const auto unserved = [&] {
         bool any = false;
-        for (int c = 0; c < kChecks; ++c) any |= row_mass[c] < share(rule_.guard, row_total[c]);
+        for (int c = 0; c < kRankChecks; ++c) any |= row_mass[c] < share(rule_.guard, row_total[c]);
         return any;
       };
       for (int level = 0; (mass < target || unserved()) && level < kRankLevels; ++level) {
         const int64_t weight = weights.of[level];
         tile.last = static_cast<uint8_t>(level + 1);
-        tile.quota = counts[level];
+        tile.quota = sums[level].keys;
         if (!unserved())  // then mass alone decides, and it weighs something
           tile.quota = std::min(tile.quota, (target - mass + weight - 1) / weight);
-        mass += counts[level] * weight;
-        for (int c = 0; c < kChecks; ++c) row_mass[c] += checked[c][level + 1];
+        mass += sums[level].keys * weight;
+        for (int c = 0; c < kRankChecks; ++c) row_mass[c] += sums[level].mass[c];
       }
       if (tile.last == kRankLevels) tile.quota = tile.limit;
     }
-    space_.last[i] = tile.last;
   }
 
-  // The chosen keys of every tile, ascending.
-  void collect(int32_t limit) {
-    for (int i = 0; i < count_; ++i) space_.chosen[i].clear();
-    const uint8_t* levels = space_.levels.data();
-    for (int32_t key = 0; key < limit; ++key, levels += rows_) {
-      for (int first = 0; first < count_; first += 8) {
-        // Eight probes at once: a byte's high bit survives where level <= last.
-        uint64_t level, last;
-        std::memcpy(&level, levels + first, 8);
-        std::memcpy(&last, space_.last + first, 8);
-        uint64_t hits = ((last | kHighBits) - level) & kHighBits;
-        for (; hits != 0; hits &= hits - 1) take(key, first + __builtin_ctzll(hits) / 8, levels);
-      }
-    }
-  }
-
-  void take(int32_t key, int i, const uint8_t* levels) {
-    if (levels[i] != 0 && levels[i] == space_.last[i]) {
-      if (tiles_[i].quota == 0 || key >= tiles_[i].limit) return;
-      --tiles_[i].quota;
-    }
-    space_.chosen[i].push_back(key);
-  }
-
-  // Granules that are nearly full become blocks.
-  static void write(const std::vector<int32_t>& chosen, int32_t limit, TileKeys& to) {
-    for (size_t begin = 0, end = 0; begin < chosen.size(); begin = end) {
-      const int32_t granule = chosen[begin] / kGranule;
-      while (end < chosen.size() && chosen[end] / kGranule == granule) ++end;
-      const int32_t start = granule * kGranule, exist = std::min(kGranule, limit - start);
-      if (static_cast<int>(end - begin) >= std::min<int32_t>(kSolid, exist))
+  // The chosen keys of a tile, ascending; granules that are nearly full become blocks.
+  void write(TileChoice& tile, const uint8_t* levels, TileKeys& to) {
+    space_.columns.resize(tile.limit + kGranule);
+    int32_t* columns = space_.columns.data();
+    for (int32_t start = 0; start < tile.limit; start += kGranule) {
+      const int32_t exist = std::min(kGranule, tile.limit - start);
+      uint32_t kept = chosen(tile, levels + start) & ((1u << exist) - 1);
+      if (std::popcount(kept) >= std::min<int32_t>(kSolid, exist)) {
         to.blocks.push_back(start);
-      else
-        to.columns.insert(to.columns.end(), chosen.begin() + begin, chosen.begin() + end);
+        continue;
+      }
+      for (; kept != 0; kept &= kept - 1) *columns++ = start + std::countr_zero(kept);
     }
-    to.columns.shrink_to_fit();
+    to.columns.assign(space_.columns.data(), columns);
+  }
+
+  // A bit a key of a granule: better levels, and of the last one as many as are left of the quota.
+  static uint32_t chosen(TileChoice& tile, const uint8_t* granule) {
+    if (tile.last == 0) return at_most(granule, 0);
+    const uint32_t better = at_most(granule, tile.last - 1);
+    if (tile.quota == 0) return better;
+    uint32_t last = at_most(granule, tile.last) & ~better, kept = better;
+    for (; last != 0 && tile.quota > 0; last &= last - 1, --tile.quota) kept |= last & -last;
+    return kept;
   }
 
   const AttentionParams& p_;
@@ -274,6 +267,7 @@ class Group {
   Workspace& space_;
   int rows_ = 0;
   int count_ = 0;
+  int64_t pitch_ = 0;  // of a tile's levels
   TileChoice tiles_[kMaxTiles];
 };
 

@@ -82,6 +82,14 @@ struct NearestBlock {
   alignas(64) float packed[kNearestRows * kMaxHeadDim];
 };
 
+constexpr int kRankChecks = 2;  // rows of a tile that check its choice
+
+// Keys of one level of a tile's ranking: how many, and what they weigh for each checking row.
+struct alignas(32) RankLevel {
+  int64_t keys;
+  int64_t mass[kRankChecks];
+};
+
 struct Kernels {
   const char* name;
   // Tiles of any number of rows, vectorised over rows.
@@ -115,8 +123,8 @@ struct Kernels {
   // Levels of estimated probability, for adaptive lists (see rank_tile.h).
   void (*rank_scale)(const Tile&, const KeyChunk&, const float* factor, const int32_t* limits,
                      int rows, float* out, float* top);
-  void (*rank_levels)(const float* x, int keys, int rows, const float* top, uint8_t* levels,
-                      uint32_t* histogram);
+  void (*rank_levels)(const float* x, int keys, int rows, int tiles, const float* top,
+                      const int64_t* weights, uint8_t* levels, int64_t pitch, RankLevel* sums);
   void (*backward_begin)(BackwardTile&);
   void (*backward_attend)(BackwardTile&, const KeyChunk&, const KeyChunk* next);
   void (*backward_finish)(BackwardTile&);
