@@ -39,7 +39,7 @@ from sparse_attn.selection.pooled import (
     pool,
     pooled_scores,
 )
-from sparse_attn.selection.selectors import threshold_mask, top_k_indices, top_k_mask
+from sparse_attn.selection.selectors import top_k_indices, top_k_mask
 
 __all__ = [
     "BlockGrid",
@@ -65,7 +65,6 @@ __all__ = [
     "pool",
     "pooled_scores",
     "spherical_kmeans",
-    "threshold_mask",
     "top_k_indices",
     "top_k_mask",
     "window_probs",

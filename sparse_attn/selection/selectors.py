@@ -77,18 +77,3 @@ def top_k_indices(scores: Tensor, k: int) -> Tensor:
     index = torch.arange(n, dtype=torch.int32, device=scores.device).expand(scores.shape)
     out = scores.new_zeros((*scores.shape[:-1], k + 1), dtype=torch.int32)
     return out.scatter_(-1, slot, index)[..., :k]
-
-
-def threshold_mask(scores: Tensor, allowed: Tensor, threshold: float) -> Tensor:
-    """Marks the allowed entries whose share of the row's softmax is above a threshold.
-
-    Args:
-        scores: float32 [..., n], logits.
-        allowed: bool, broadcastable to [..., n]; the softmax runs over these entries only.
-        threshold: probability; an entry is marked when its own is strictly greater.
-
-    Returns:
-        bool [..., n]; a row with nothing allowed has no mark.
-    """
-    logits = scores.masked_fill(~allowed, float("-inf"))
-    return torch.softmax(logits, dim=-1) > threshold  # NaN (nothing allowed) compares false
