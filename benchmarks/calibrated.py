@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads import load_model, load_text, tokens_of
+from heads import MODELS, load_model, load_text, tokens_of
 
 from sparse_attn import AShape, Dense, HeadPlan
 from sparse_attn.calibration.command import reading
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
+    parser.add_argument("--model", choices=tuple(MODELS), default="smollm2")
     parser.add_argument("--plan", required=True, help="a file, or the name of a ready plan")
     parser.add_argument("--text", default="code", help="as in heads.py (%(default)s)")
     parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heads import load_model, load_text, tokens_of
+from heads import MODELS, load_model, load_text, tokens_of
 from torch import Tensor
 
 from sparse_attn import Adaptive, AShape, BlockSparse, Dense, Pattern, VerticalSlash, presets
@@ -246,7 +246,7 @@ def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
+    parser.add_argument("--model", choices=tuple(MODELS), default="smollm2")
     parser.add_argument("--text", default="code", help="as in heads.py (%(default)s)")
     parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="(%(default)s)")

