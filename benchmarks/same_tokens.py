@@ -138,17 +138,22 @@ def compared(ours: Run, peer: Run, exact: Tensor) -> dict[str, Any]:
     return record
 
 
-def measure(model: Any, model64: Any, ids: Tensor, new: int) -> Iterator[dict[str, Any]]:
+def measure(
+    model: Any, model64: Any, ids: Tensor, new: int, wanted: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     """The records of one model."""
     exact: dict[tuple[str, int, bool], tuple[Tensor, Tensor]] = {}
     for case in cases():
+        if any(str(getattr(case, name)) not in getattr(wanted, name) for name in Case._fields):
+            continue
         given = prompts(ids, case)
         model.set_attn_implementation("sdpa")
         peer = run(model, *given, case.cache, new)
         key = (case.padding, case.batch, case.cache == "none")
         if key not in exact or not torch.equal(exact[key][0], peer.tokens):
             exact[key] = (peer.tokens, oracle(model64, *given, case.cache, peer))
-        for name, choice in CHOICES.items():
+        for name in wanted.choice:
+            choice = CHOICES[name]
             with enable(choice, decode=choice) as handle:
                 model.set_attn_implementation(handle.name)
                 ours = run(model, *given, case.cache, new)
@@ -184,6 +189,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=tuple(MODELS), default="smollm2")
+    parts = {"cache": "dynamic,static,none", "padding": "none,left,right", "batch": "1,2"}
+    for name, default in (parts | {"choice": ",".join(CHOICES)}).items():
+        text = "only these (%(default)s)"
+        parser.add_argument(f"--{name}", type=lambda x: x.split(","), default=default, help=text)
     parser.add_argument("--new", type=int, default=64, help="generated tokens (%(default)s)")
     parser.add_argument("--json", metavar="FILE", default=str(RESULTS / "same_tokens.json"))
     parser.add_argument("--table", action="store_true", help="only show what the file holds")
@@ -199,7 +208,7 @@ def main() -> None:
     length = TOKENS[arguments.model]
     ids = tokens_of(tokenizer, load_text("topics"), 2 * length).view(2, length)
     model64 = copy.deepcopy(model).double()
-    for record in measure(model, model64, ids, arguments.new):
+    for record in measure(model, model64, ids, arguments.new, arguments):
         record["model"] = arguments.model
         keep(report, record, ["model", *Case._fields, "choice"], file, Path(__file__).name)
         print(

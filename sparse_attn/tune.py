@@ -2,8 +2,8 @@
 """``python -m sparse_attn tune``: measures on this machine where a pattern pays.
 
 Times dense attention, attention over gathered keys at several densities, and the choice of keys of
-every pattern that approximates dense attention, at some lengths and in every dtype; medians of
-processor time of one thread. The table goes into the cache folder (SPARSE_ATTN_CACHE, or
+every pattern that approximates dense attention, at some lengths and in every dtype: processor time
+of one thread, the least of some runs. The table goes into the cache folder (SPARSE_ATTN_CACHE, or
 ~/.cache/sparse_attn) and decides from then on which calls run densely (`sparse_attn.dispatch`).
 """
 
@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -34,14 +33,14 @@ _MIN_RUNS, _MAX_RUNS, _SECONDS = 3, 15, 0.02
 
 
 def seconds(function: Callable[..., object], *arguments: Any) -> float:
-    """Median processor time of a few runs, after one that does not count."""
+    """Least processor time of a few runs, after one that does not count: others' work only adds."""
     function(*arguments)
     times: list[float] = []
     while len(times) < _MIN_RUNS or (len(times) < _MAX_RUNS and sum(times) < _SECONDS):
         start = time.thread_time()
         function(*arguments)
         times.append(time.thread_time() - start)
-    return median(times)
+    return min(times)
 
 
 def approximating() -> list[Pattern]:

@@ -155,8 +155,17 @@ def test_layers_with_a_window_of_their_own_stay():
         sliding_window=16,
         query_pre_attn_scalar=16,
     )
-    found = calibration(model, tokens(80), candidates=CANDIDATES, recall=0.5, floor=0.0)
+    told = []
+    found = calibration(
+        model,
+        tokens(80),
+        candidates=CANDIDATES,
+        recall=0.5,
+        floor=0.0,
+        progress=lambda *args: told.append(args),
+    )
     assert list(found.trials) == [1]
+    assert told == [(1, 1, 0.0)]  # the time is for the layers that are measured
     for layer in (0, 2):
         assert {head.pattern for head in found.plan.layers[layer]} == {Dense()}
 

@@ -179,6 +179,13 @@ def measure_layer(
     return Layer(number, trials)
 
 
+def _measured_layers(config: Any, tokens: int) -> int:
+    """How many layers have no window of their own within `tokens`."""
+    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or tokens
+    return sum(kind != "sliding_attention" or window >= tokens for kind in kinds)
+
+
 @torch.no_grad()
 def measure(
     model: Any,
@@ -199,7 +206,7 @@ def measure(
         seconds: wall time for all of it.
         progress: told (layers done, layers, seconds that remain).
     """
-    total = text_config(model).num_hidden_layers
+    total = _measured_layers(text_config(model), ids.shape[1])
     threads = torch.get_num_threads()
     begin = time.monotonic()
     first = len(state.layers)
