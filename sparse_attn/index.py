@@ -22,10 +22,11 @@ from .lists import (
     check_tile_sizes,
     densities,
     keys_mask,
-    refined,
+    numbers,
     shifted_indptrs,
     tensors,
 )
+from .refine import refined
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -468,8 +469,7 @@ class SparseIndex:
                 f"sparse_attn.SparseIndex.select_heads: head {wrong[0]} is not in "
                 f"[0, {self.num_heads}); use expand_heads first if heads share an entry."
             )
-        which = torch.tensor(list(heads), dtype=torch.int64, device=self.device)
-        return self._with_heads(which)
+        return self._with_heads(numbers(heads, self.device))
 
     def expand_heads(self, num_heads: int) -> SparseIndex:
         """One entry per query head, of an index shared by all heads or by groups of heads.
@@ -559,12 +559,16 @@ class SparseIndex:
 
     # ---------------------------------------------------------------- granularity
 
-    def with_tiles(self, *, block_m: int | None = None, block_n: int | None = None) -> SparseIndex:
+    def with_tiles(
+        self, *, block_m: int | None = None, block_n: int | None = None, shared: bool = True
+    ) -> SparseIndex:
         """The same keys in smaller tiles or blocks; without lists, in any tiles.
 
         Args:
             block_m: new rows of a tile; it divides the old.
             block_n: new keys of a block; it divides the old.
+            shared: whether heads may list the same entries (as `expand_heads` leaves them). Where
+                none does, False lets a GPU set less room aside; elsewhere it changes nothing.
 
         Raises:
             ValueError: a new size does not divide the old one, or is not a legal size.
@@ -583,7 +587,9 @@ class SparseIndex:
                 )
         if (block_m, block_n) == (self.block_m, self.block_n):
             return self
-        return replace(self, block_m=block_m, block_n=block_n, **refined(self, block_m, block_n))
+        return replace(
+            self, block_m=block_m, block_n=block_n, **refined(self, block_m, block_n, shared)
+        )
 
 
 # -------------------------------------------------------------------- helpers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ragged lists of a SparseIndex: reading, counting, joining, refining and checking them."""
+"""The ragged lists of a SparseIndex: reading, counting, joining and checking them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HeadKind",
+    "ListBuffer",
     "cat_lists",
     "check_same",
     "check_shapes",
@@ -27,8 +28,8 @@ __all__ = [
     "keys_mask",
     "list_blocks",
     "marked_positions",
+    "numbers",
     "pack_bits",
-    "refined",
     "shifted_indptrs",
     "sort_lists",
     "tensors",
@@ -60,23 +61,56 @@ def indptr_from_counts(counts: Tensor) -> Tensor:
     return torch.cat([ends[..., :1] - counts[..., :1], ends], -1)
 
 
-def marked_positions(mask: Tensor) -> Tensor:
-    """Where on the last axis the marks are, row after row: `nonzero` without a read-back.
+class ListBuffer:
+    """Lists laid end to end, to which more and more are appended.
 
-    Args:
-        mask: bool [..., n].
-
-    Returns:
-        int32 [mask.numel()], ascending in every row; zeros past the last mark.
+    On the CPU they take the room that they need. Elsewhere their length is not known before the
+    device is done, so the room is fixed, and nothing is read back.
     """
-    marks = mask.reshape(-1)
-    position = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-    # Each mark goes to its rank; what is not marked shares one slot that is cut off.
-    rank = torch.where(marks, marks.cumsum(0) - 1, marks.numel())
-    found = position.new_zeros(marks.numel() + 1)
-    found = found.scatter_(0, rank, position.expand(mask.shape).reshape(-1))
-    found[-1:] = 0
-    return found[:-1]
+
+    def __init__(
+        self, capacity: int, device: torch.device, dtype: torch.dtype = torch.int32
+    ) -> None:
+        """Of at most `capacity` entries; what goes beyond them is lost."""
+        self._end = torch.zeros((), dtype=torch.int64, device=device)
+        self._parts: list[Tensor] = []
+        size = 0 if ops.on_cpu(self._end) else capacity + 1
+        self._room = torch.zeros(size, dtype=dtype, device=device)
+
+    @property
+    def values(self) -> Tensor:
+        """All entries, [their number], or [capacity] with zeros past the last one."""
+        if ops.on_cpu(self._room):
+            return torch.cat([self._room, *self._parts])
+        return self._room[:-1]
+
+    def append(self, mask: Tensor, values: Tensor) -> None:
+        """Appends values, broadcastable to mask, where the bool mask is set, in order."""
+        values = values.expand(mask.shape)
+        if ops.on_cpu(mask):
+            self._parts.append(values[mask])
+            return
+        marks, spare = mask.reshape(-1), self._room.shape[0] - 1
+        # Each mark goes to its rank; what is not marked shares one slot that is cut off.
+        rank = marks.cumsum(0) + (self._end - 1)
+        place = torch.where(marks, rank.clamp(max=spare), spare)
+        self._room.scatter_(0, place, values.reshape(-1))
+        self._end = self._end + marks.sum()
+
+
+def marked_positions(mask: Tensor) -> Tensor:
+    """Where on the last axis the marks of bool [..., n] are, row after row: a `ListBuffer`'s."""
+    found = ListBuffer(mask.numel(), mask.device)
+    found.append(mask, torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device))
+    return found.values
+
+
+def numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [len(values)] on `device`: filled in there, since a copy would wait for the device."""
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    if ops.on_cpu(none):
+        return torch.tensor(list(values), dtype=torch.int64)
+    return torch.cat([none, *(torch.full((1,), x, device=device) for x in values)])
 
 
 def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +125,7 @@ def list_blocks(mask: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
         than the CPU the indices come in a buffer of mask.numel() entries that the counts fill in
         part, so that nothing is read back.
     """
-    if mask.device.type != "cpu":
+    if not ops.on_cpu(mask):
         return mask.sum(-1), marked_positions(mask) * block_n
     rows = mask.reshape(mask.shape[:-1].numel(), mask.shape[-1]).contiguous()
     counts, indices = ops.list_blocks(rows, block_n)
@@ -395,59 +429,6 @@ def cat_lists(parts: Sequence[SparseIndex]) -> dict[str, Any]:
         "column_bias": bias,
         "block_bits_ids": ids,
         "block_bits": bits,
-    }
-
-
-# -------------------------------------------------------------------- refinement
-
-
-def refined(index: SparseIndex, block_m: int, block_n: int) -> dict[str, Any]:
-    """The lists of the same keys in tiles of `block_m` rows and blocks of `block_n` keys.
-
-    Both sizes divide the old ones. Returns fields of an index.
-    """
-    parts_m, parts_n = index.block_m // block_m, index.block_n // block_n
-    tiles = (index.seqlen_q + block_m - 1) // block_m
-    shape = (index.batch_size, index.num_heads, tiles)
-    device = index.device
-
-    def split_tiles(flat_tile: Tensor) -> Tensor:
-        """New tiles [n, parts_m] of each old one; -1 for those past seqlen_q."""
-        head, tile = flat_tile // index.num_tiles, flat_tile % index.num_tiles
-        new = tile[:, None] * parts_m + torch.arange(parts_m, device=device)
-        return torch.where(new < tiles, head[:, None] * tiles + new, -1)
-
-    flat_tile, entry = tile_entries(index.block_indptr)
-    part_m = torch.arange(parts_m, device=device)[:, None]
-    part_n = torch.arange(parts_n, device=device)
-    start = index.block_indices[entry].long()[:, None, None] + part_n * block_n
-    new_tile = split_tiles(flat_tile)[:, :, None].expand(-1, -1, parts_n)
-    start = start.expand_as(new_tile)
-    keep = (new_tile >= 0) & (start < index.seqlen_k)
-    bits, ids = index.block_bits, index.block_bits_ids
-    new_ids = None
-    if bits is not None and ids is not None:
-        rows = unpack_bits(bits, index.block_m)
-        rows = rows.view(-1, parts_m, block_m, parts_n, block_n).permute(0, 1, 3, 2, 4)
-        bits = pack_bits(rows.reshape(-1, block_m, block_n))
-        old = ids[entry].long()[:, None, None]
-        new_ids = torch.where(old < 0, -1, (old * parts_m + part_m) * parts_n + part_n)[keep].int()
-    block_indptr, order = sort_lists(new_tile[keep], start[keep], shape)
-
-    flat_tile, entry = tile_entries(index.column_indptr)
-    new_tile = split_tiles(flat_tile)
-    entry = entry[:, None].expand_as(new_tile)[new_tile >= 0]
-    key = index.column_indices[entry]
-    column_indptr, column_order = sort_lists(new_tile[new_tile >= 0], key, shape)
-    bias = index.column_bias
-    return {
-        "block_indptr": block_indptr,
-        "block_indices": start[keep][order].int(),
-        "block_bits_ids": None if new_ids is None else new_ids[order],
-        "block_bits": bits,
-        "column_indptr": column_indptr,
-        "column_indices": key[column_order],
-        "column_bias": None if bias is None else bias[entry][column_order],
     }
 
 

@@ -20,7 +20,7 @@ PACKAGE = REPO / "sparse_attn"
 
 LAYERS = (
     {"env", "errors", "ops"},
-    {"convert", "density", "drawing", "index", "lists", "selection"},
+    {"convert", "density", "drawing", "index", "lists", "refine", "selection"},
     {"patterns"},
     {"arguments", "backends", "dispatch", "paged", "attention"},
 )

@@ -24,7 +24,7 @@ from sparse_attn.ops.centroids import (
     nearest_centroids,
 )
 from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
-from sparse_attn.ops.library import cpu_capability, load_cuda
+from sparse_attn.ops.library import cpu_capability, load_cuda, on_cpu
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "list_blocks",
     "load_cuda",
     "nearest_centroids",
+    "on_cpu",
     "pool_blocks",
     "top_k",
     "vertical_slash_lists",

@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def _load(name: str, missing: str, unfit: str) -> None:
@@ -57,6 +58,11 @@ _load(
     "another kind of CPU or C library; rebuild with `pip install .`",
 )
 OPS = torch.ops.sparse_attn
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether the native operators that choose keys take a tensor; else plain torch does it."""
+    return x.is_cpu
 
 
 def cpu_capability() -> str:

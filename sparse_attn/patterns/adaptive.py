@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import ops
 from sparse_attn.index import SparseIndex
-from sparse_attn.lists import indptr_from_counts
+from sparse_attn.lists import indptr_from_counts, list_blocks
 from sparse_attn.patterns.base import (
     MAX_INDEX_BYTES,
     Pattern,
@@ -200,20 +201,19 @@ def adaptive_lists(
 
     Returns:
         Blocks a tile int64 [batch, num_heads, tiles], first keys of the blocks int32, columns a
-        tile, columns int32; lists in the order of the tiles, ascending within one.
+        tile, columns int32; lists in the order of the tiles, ascending within one. On a device
+        other than the CPU the counts fill the other two in part: nothing is read back.
     """
     batch, heads, seqlen_q, _ = q.shape
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     keys = k.float()
     position = torch.arange(seqlen_k, device=q.device)
-    granule_of = position // GRANULE
-    granules = -(-seqlen_k // GRANULE)
     solid, single = [], []
     for first in range(0, seqlen_q, block_m):
         rows = min(block_m, seqlen_q - first)
         total = q[:, :, first : first + rows].sum(2, dtype=torch.float32)
         checking = [first + rows * (2 * c + 1) // (2 * _CHECKS) for c in range(_CHECKS)]
-        probes = torch.cat((total[:, :, None], q[:, :, checking].float()), 2)
+        probes = torch.stack((total, *(q[:, :, r].float() for r in checking)), 2)
         grouped = probes.view(batch, heads_kv, (1 + _CHECKS) * (heads // heads_kv), -1)
         scores = torch.matmul(grouped, keys.transpose(-1, -2)).view(
             batch, heads, 1 + _CHECKS, seqlen_k
@@ -223,28 +223,26 @@ def adaptive_lists(
         near = (position >= first + q_offset - window) & (position < own_end)
         seen = torch.stack([position <= r + q_offset if causal else below for r in checking])
         scale = 4 / math.log(2) * softmax_scale
-        factors = torch.tensor(
-            [scale / rows] + [scale] * _CHECKS, dtype=torch.float32, device=q.device
-        )
-        scaled = scores * factors[:, None]
+        factor = torch.full((1 + _CHECKS, 1), scale, device=q.device)
+        factor[0] = scale / rows
+        scaled = scores * factor
         forced = below & (near | (position < sink))
         chosen = _choose(scaled[:, :, 0], scaled[:, :, 1:], below, seen, forced, mass, guard)
-        full = torch.bincount(granule_of[below], minlength=granules).clamp(max=_SOLID)
-        count = torch.zeros(batch, heads, granules, dtype=torch.int64, device=q.device)
-        count.index_add_(2, granule_of, chosen.long())
+        count, full = (_by_granule(x) for x in (chosen, below))
+        full = full.clamp(max=_SOLID)
         solid.append((count >= full) & (count > 0))
-        single.append(chosen & ~solid[-1][..., granule_of])
+        single.append(chosen & ~solid[-1].repeat_interleave(GRANULE, -1)[..., :seqlen_k])
     if not solid:
         none = position[:0].int()
         return q.new_zeros((batch, heads, 0), dtype=torch.int64), none, none.long(), none
     blocks, columns = torch.stack(solid, 2), torch.stack(single, 2)
-    starts = (torch.arange(granules, device=q.device) * GRANULE).int()
-    return (
-        blocks.sum(-1),
-        starts.expand(blocks.shape)[blocks],
-        columns.sum(-1),
-        position.int().expand(columns.shape)[columns],
-    )
+    return *list_blocks(blocks, GRANULE), *list_blocks(columns, 1)
+
+
+def _by_granule(marks: Tensor) -> Tensor:
+    """How many of bool [..., keys] are set in every granule, int64 [..., granules]."""
+    padded = F.pad(marks, (0, -marks.shape[-1] % GRANULE))
+    return padded.view(*marks.shape[:-1], padded.shape[-1] // GRANULE, GRANULE).sum(-1)
 
 
 def _choose(

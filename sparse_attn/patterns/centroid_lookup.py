@@ -231,7 +231,7 @@ class CentroidLookup(Pattern):
         coarse_keep = None
         if self._two_level:
             scores = index.coarse_scores(q, tile_rows=rows, softmax_scale=scale, group=self.group)
-            limit = self.coarse_threshold
+            limit: float | Tensor | None = self.coarse_threshold
             assert index.coarse_counts is not None
             if limit is None:
                 assert self.coarse_percentile is not None
@@ -242,11 +242,11 @@ class CentroidLookup(Pattern):
         )
         if tile is None:
             scores = scores.expand(-1, -1, tiles, -1)
-        threshold = self.threshold
+        threshold: float | Tensor = self.threshold or 0.0
         if self.percentile is not None:
             threshold = _quantile([(scores, index.counts)], self.percentile)
         found = centroid_lists(
-            scores, index.indptr, index.members, threshold=threshold or 0.0, budget=self.budget
+            scores, index.indptr, index.members, threshold=threshold, budget=self.budget
         )
         return Choice(*found)
 
@@ -320,7 +320,7 @@ def calibrate_threshold(
             keep = _above(scores, coarse_threshold)
         scores = index.scores(q, tile_rows=rows, softmax_scale=scale, group=group, coarse_keep=keep)
         parts.append((scores, index.counts))
-    return _quantile(parts, percentile)
+    return float(_quantile(parts, percentile))
 
 
 @functools.lru_cache(maxsize=64)
@@ -342,40 +342,45 @@ def _blocks(
     with torch.inference_mode(False):
         every = torch.arange(all_blocks, dtype=torch.int32, device=device) * block_n
         tail = clustered + torch.arange(tail_blocks, dtype=torch.int32, device=device) * block_n
-        lengths = torch.tensor([all_blocks] * dense + [tail_blocks] * (tiles - dense))
+        lengths = torch.full((tiles,), tail_blocks, device=device)
+        lengths[:dense] = all_blocks
         blocks = torch.cat([every.repeat(dense), tail.repeat(tiles - dense)])
         kinds = torch.zeros(heads, 4, dtype=torch.int32, device=device)
         kinds[:, 0] = int(HeadKind.LISTED)
-        indptr = indptr_from_counts(lengths.to(device).expand(batch, heads, tiles))
+        indptr = indptr_from_counts(lengths.expand(batch, heads, tiles))
         return kinds, indptr, blocks.repeat(batch * heads)
 
 
-def _above(scores: Tensor, threshold: float) -> Tensor:
+def _above(scores: Tensor, threshold: float | Tensor) -> Tensor:
     """The rule of `centroid_lists` without a budget."""
-    scored = scores >= 0
-    return scored if threshold <= 0 else scored & (scores.double() > threshold)
+    above = scores.double() > threshold
+    return (scores >= 0) & (above | (threshold <= 0))
 
 
-def _quantile(parts: Sequence[tuple[Tensor, Tensor]], share: float) -> float:
+def _quantile(parts: Sequence[tuple[Tensor, Tensor]], share: float) -> Tensor:
     """Quantile of the scores of single keys, linear between neighbours as `torch.quantile` is.
 
     Args:
         parts: scores [batch, heads, tiles, clusters] (not scored counts as 0) with the keys of each
             cluster, int [batch, heads, clusters].
         share: in [0, 1].
+
+    Returns:
+        float64 [], on the scores' device; 0 where no cluster has a key.
     """
     scores = torch.cat([s.clamp(min=0).flatten() for s, _ in parts])
     weights = torch.cat([c[:, :, None].expand_as(s).flatten() for s, c in parts])
     scores, order = scores.nan_to_num(0.0).sort()
     last = weights[order].long().cumsum(0)
-    keys = int(last[-1]) if len(last) else 0
-    if keys == 0:
-        return 0.0
-    place = share * (keys - 1)
-    low = math.floor(place)
-    at = torch.searchsorted(last, torch.tensor([low, min(low + 1, keys - 1)]).to(last), right=True)
-    below, above = scores[at].double().tolist()
-    return float(below + (above - below) * (place - low))
+    if len(last) == 0:
+        return scores.new_zeros((), dtype=torch.float64)
+    most = (last[-1:] - 1).clamp(min=0)
+    place = share * most.double()
+    low = place.floor().long()
+    at = torch.searchsorted(last, torch.cat((low, torch.minimum(low + 1, most))), right=True)
+    below, above = scores[at.clamp(max=len(last) - 1)].double()
+    # Without a key every score is 0: of clusters that are not scored, or have none.
+    return torch.where(last[-1] > 0, below + (above - below) * (place[0] - low[0]), 0.0)
 
 
 def _power(n: int) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.index import SparseIndex
 from sparse_attn.patterns.base import (
     Pattern,
@@ -110,8 +111,9 @@ class FlexPrefill(Pattern):
         grid = BlockGrid(q.shape[2], k.shape[2], self.block, self.block, offset, causal, 1, 1)
         batch, heads = q.shape[:2]
         if grid.tiles == 0 or grid.blocks == 0 or batch * heads == 0:
-            empty = torch.zeros(batch, heads, grid.tiles, grid.blocks, dtype=torch.bool)
-            return blocks_index([empty.to(q.device)], grid, batch, heads, q.device)
+            shape = (batch, heads, grid.tiles, grid.blocks)
+            empty = torch.zeros(shape, dtype=torch.bool, device=q.device)
+            return blocks_index([empty], grid, batch, heads, q.device)
         scale = scale_or_default(q, softmax_scale)
         columns, diagonals = (
             x.flatten(0, 1)
@@ -132,13 +134,17 @@ class FlexPrefill(Pattern):
         query_aware = distance < self.tau
         vertical = self._best(columns, verticals, query_aware)
         slash = self._best(diagonals, slashes, query_aware)
-        which = query_aware.nonzero()[:, 0]
+        # Only the query-aware heads need it; to know which they are, a device would have to wait.
+        which = query_aware.nonzero()[:, 0] if ops.on_cpu(q) else None
         q_means = mean_pool(q, self.block).flatten(0, 1)
         masks = []
         for some, _ in bands(batch * heads, 1, grid.tiles * grid.blocks):
             mask = _vertical_slash_blocks(vertical[some], slash[some], grid)
-            inside = which[(which >= some.start) & (which < some.stop)]
-            if inside.numel():
+            if which is None:
+                scores = pooled_scores(q_means[some], k_means[some], scale)
+                best = block_top_p(scores, self.gamma, grid, logits=True, whole=True)
+                mask |= best & query_aware[some, None, None]
+            elif (inside := which[(which >= some.start) & (which < some.stop)]).numel():
                 scores = pooled_scores(q_means[inside], k_means[inside], scale)
                 mask[inside - some.start] |= block_top_p(
                     scores, self.gamma, grid, logits=True, whole=True

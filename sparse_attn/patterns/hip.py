@@ -16,7 +16,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparse_attn import ops
 from sparse_attn.index import SparseIndex
 from sparse_attn.lists import indptr_from_counts
 from sparse_attn.ops.hip import Pieces
@@ -28,6 +27,7 @@ from sparse_attn.patterns.base import (
     offset_or_default,
     scale_or_default,
 )
+from sparse_attn.selection.hip import hip_stage, hip_tree, leaf_lists
 
 _SHARES = ("none", "kv", "all")
 
@@ -113,7 +113,7 @@ class HierarchicalPattern(Pattern):
         """The index in which every row sees the sinks, its tile's leaves and its own window."""
         # Small leaves become single keys, which cost a kernel no more; blocks serve the window.
         block_n = self.leaf if self.leaf % 8 == 0 else 64
-        block_counts, blocks, mask_ids, masks, column_counts, columns = ops.leaf_lists(
+        block_counts, blocks, mask_ids, masks, column_counts, columns = leaf_lists(
             leaves,
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
@@ -259,7 +259,7 @@ class HiP(HierarchicalPattern):
         q_offset: int,
     ) -> Pieces:
         """See `HierarchicalPattern.run_stage`."""
-        return ops.hip_tree(
+        return hip_tree(
             q,
             k,
             q_offset=q_offset,
@@ -408,7 +408,7 @@ class InfiniteHiP(HierarchicalPattern):
         own = self.stages[stage]
         left = self.k if stage + 1 == self.num_stages else self.stages[stage + 1].k_in
         assert left is not None
-        return ops.hip_stage(
+        return hip_stage(
             q,
             k,
             q_offset=q_offset,

@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparse_attn.index import SparseIndex
+from sparse_attn.lists import numbers
 from sparse_attn.patterns.base import Pattern, check_qk
 
 
@@ -136,13 +137,18 @@ class PerHead(Pattern):
             q_part, k_part = q, k
             if len(heads) < num_heads:
                 q_part, of = _heads_of(q, k, heads, reads_data=pattern.data_dependent)
-                k_part, pattern = k[:, of], pattern.of_heads_kv(of)
+                k_part, pattern = k[:, numbers(of, k.device)], pattern.of_heads_kv(of)
             index = pattern.build(
                 q_part, k_part, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset
             )
-            parts.append(index.expand_heads(len(heads)))
+            parts.append(index)
         order = [head for _, heads in groups for head in heads]
-        index = SparseIndex.cat_heads(same_tiles(parts))
+        # Refined before heads come to share entries.
+        parts = [
+            part.expand_heads(len(heads))
+            for part, (_, heads) in zip(same_tiles(parts, shared=False), groups, strict=True)
+        ]
+        index = SparseIndex.cat_heads(parts)
         if order == sorted(order):
             return index
         return index.select_heads([order.index(head) for head in range(num_heads)])
@@ -181,7 +187,7 @@ def _heads_of(
         return q[:, : len(heads)], [0]
     group = q.shape[1] // k.shape[1]
     of = [head // group for head in heads]
-    q_part = q[:, heads]
+    q_part = q[:, numbers(heads, q.device)]
     # Where every KV head in use has as many of these query heads, h // group still holds.
     used = sorted(set(of))
     size = len(heads) // len(used)
@@ -190,12 +196,12 @@ def _heads_of(
     return q_part, of
 
 
-def same_tiles(parts: list[SparseIndex]) -> list[SparseIndex]:
-    """The same indexes with one block_m and block_n, refined where they differ."""
+def same_tiles(parts: list[SparseIndex], shared: bool = True) -> list[SparseIndex]:
+    """The same indexes with one block_m and block_n, refined where they differ: `with_tiles`."""
     listed = [part for part in parts if not part.is_list_free] or parts
     block_m = math.gcd(*(part.block_m for part in listed))
     block_n = math.gcd(*(part.block_n for part in listed))
-    return [part.with_tiles(block_m=block_m, block_n=block_n) for part in parts]
+    return [part.with_tiles(block_m=block_m, block_n=block_n, shared=shared) for part in parts]
 
 
 def _check_member(what: str, pattern: object) -> None:

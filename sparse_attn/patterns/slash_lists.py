@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn import ops
+from sparse_attn.lists import ListBuffer
 from sparse_attn.selection import bands
 from sparse_attn.selection.estimators import MAX_BAND_ELEMENTS
 
@@ -111,7 +112,8 @@ def slash_lists(
         exact: a row sees its verticals and slashes only, and nothing of its neighbours'.
 
     Returns:
-        The lists.
+        The lists. On a device other than the CPU, without `exact`, indices come in buffers of fixed
+        size that the counts fill in part: nothing is read back.
 
     Source:
         What to cover: the vertical-slash head of MInference (Jiang et al. 2024,
@@ -124,7 +126,7 @@ def slash_lists(
         "block_m": block_m,
         "block_n": block_n,
     }
-    if slashes.device.type != "cpu" and not exact:
+    if not ops.on_cpu(slashes) and not exact:
         if chunk is None:
             return slash_lists_torch(
                 verticals, slashes, seqlen_q=seqlen_q, q_offset=q_offset, **options
@@ -132,7 +134,8 @@ def slash_lists(
         return _chunks_torch(
             verticals, slashes, seqlen_q=seqlen_q, q_offset=q_offset, chunk=chunk, **options
         )
-    # Bits are packed on the CPU whatever the device; the lists go back to it.
+    # Bits are packed on the CPU whatever the device; the lists go back to it. The room that masks
+    # may need at most, 512 bytes a vertical and tile, is too much to set aside.
     rounded = max(block_m, -(-seqlen_q // block_m) * block_m)
     lists = ops.vertical_slash_lists(
         verticals.cpu().int().contiguous(),
@@ -180,15 +183,21 @@ def _side_by_side(counts: list[Tensor], values: list[Tensor]) -> tuple[Tensor, T
     """Joins lists [heads, tiles] of several parts along their tiles, heads staying in order."""
     joined = torch.cat(counts, 1)
     ends = joined.flatten().cumsum(0).view(joined.shape)
-    out = values[0].new_empty(sum(part.shape[0] for part in values))
+    capacity = sum(part.shape[0] for part in values)
+    out = values[0].new_zeros(capacity + 1)
     tile = 0
     for count, value in zip(counts, values, strict=True):
-        own = count.flatten()
         first = (ends - joined)[:, tile : tile + count.shape[1]].flatten()
-        shift = torch.repeat_interleave(first - (own.cumsum(0) - own), own)
-        out[shift + torch.arange(value.shape[0], device=value.device)] = value
         tile += count.shape[1]
-    return joined, out
+        if first.numel() == 0:
+            continue
+        own_ends = count.flatten().cumsum(0)
+        place = torch.arange(value.shape[0], device=value.device)
+        # What no list holds goes to one slot that is cut off.
+        of = torch.searchsorted(own_ends, place, right=True).clamp(max=first.shape[0] - 1)
+        place = place + (first - (own_ends - count.flatten()))[of]
+        out.scatter_(0, torch.where(place < ends.flatten()[-1], place, capacity), value)
+    return joined, out[:-1]
 
 
 def slash_lists_torch(
@@ -215,7 +224,11 @@ def slash_lists_torch(
     if slashes.shape[1] == 0:
         slashes = F.pad(slashes, (0, 1))
     most = _CPU_BAND_ELEMENTS if device.type == "cpu" else MAX_BAND_ELEMENTS
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    blocks, columns = (
+        ListBuffer(heads * sum(room), device)
+        for room in _room(seqlen_q, seqlen_k, q_offset, causal, block_m, block_n, verticals)
+    )
+    block_counts, column_counts = [], []
     for outer, _ in bands(heads, 1, slashes.shape[1] + 2 * block_m, most):
         layout = _layout(slashes[outer], block_m, block_n)
         keys = verticals[outer]
@@ -228,19 +241,43 @@ def slash_lists_torch(
                 layout.last[inner],
                 layout.taken[inner],
             )
-            parts.append(_tile_lists(part, keys[inner], first[tile], limit[tile], block_n))
-    if not parts:
-        empty = torch.zeros(heads, tiles, dtype=torch.int64, device=device)
-        return SlashLists(empty, verticals.new_empty(0), empty, verticals.new_empty(0))
-    block_counts, block_indices, column_counts, column_indices = (
-        torch.cat(part) for part in zip(*parts, strict=True)
-    )
+            kept, starts, listed, singles = _tile_lists(
+                part, keys[inner], first[tile], limit[tile], block_n
+            )
+            blocks.append(kept, starts)
+            columns.append(listed, singles)
+            block_counts.append(kept.sum(-1).flatten())
+            column_counts.append(listed.sum(-1).flatten())
+    none = torch.zeros(0, dtype=torch.int64, device=device)
     return SlashLists(
-        block_counts.view(heads, tiles),
-        block_indices,
-        column_counts.view(heads, tiles),
-        column_indices,
+        torch.cat([none, *block_counts]).view(heads, tiles),
+        blocks.values,
+        torch.cat([none, *column_counts]).view(heads, tiles),
+        columns.values,
     )
+
+
+def _room(
+    seqlen_q: int,
+    seqlen_k: int,
+    q_offset: int,
+    causal: bool,
+    block_m: int,
+    block_n: int,
+    verticals: Tensor,
+) -> tuple[list[int], list[int]]:
+    """The most blocks, and the most columns, that each tile of a head can list."""
+    blocks, columns = [], []
+    for row in range(0, seqlen_q, block_m):
+        keys = seqlen_k
+        if causal:
+            keys = max(0, min(seqlen_k, min(row + block_m, seqlen_q) + q_offset))
+        cuts = keys // block_n + 2
+        blocks.append(cuts)
+        # Single keys are rests that follow blocks, where a slash is no shorter than a block may be.
+        rests = cuts * (_short(block_n) - 1) if block_m >= _short(block_n) else keys
+        columns.append(min(keys, verticals.shape[1] + rests + block_n))
+    return blocks, columns
 
 
 def _layout(slashes: Tensor, block_m: int, block_n: int) -> _Layout:
@@ -272,17 +309,24 @@ def _layout(slashes: Tensor, block_m: int, block_n: int) -> _Layout:
     blocks = visited[:, :length] & is_block
     inside = _spread(blocks, block_n)
     covered = F.pad(covered, (0, block_n - 1))
+    cuts = length // block_n + 1
+    rests = cuts * (_short(block_n) - 1) if block_m >= _short(block_n) else length
     at = torch.arange(covered.shape[1], dtype=torch.int32, device=slashes.device)
     last = torch.where(covered, at, -1).cummax(-1).values
+    singles = covered & ~inside
     return _Layout(
-        distances - 1, _compact(blocks), _compact(covered & ~inside), last, inside | covered
+        distances - 1,
+        _compact(blocks, cuts),
+        _compact(singles, min(rests, length)),
+        last,
+        inside | covered,
     )
 
 
 def _tile_lists(
     layout: _Layout, verticals: Tensor, first: Tensor, limit: Tensor, block_n: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Counts and values of the blocks and of the columns of some tiles, flat, in order.
+    """The blocks and the columns of some tiles: bool [heads, tiles, n], and int32 like it, keys.
 
     Args:
         layout: of these heads.
@@ -305,15 +349,12 @@ def _tile_lists(
     room = ~(whole & (starts < block_n)).any(-1, keepdim=True)
     as_block = (head >= _short(block_n)) & room
     kept = whole | (straddles & as_block)
-    block_counts = kept.sum(-1)
-    block_indices = starts.clamp(min=0)[kept]
-
     prefix = head.masked_fill(as_block, 0)  # leading keys 0 .. prefix - 1 become columns
     front = torch.where(as_block, block_n, head)  # keys below are in that block or that prefix
-    column_counts, column_indices = _columns(
-        layout, verticals, shift, limit, prefix=prefix, front=front, edge=edge
+    columns = _columns(
+        layout, verticals, shift, limit, prefix=prefix, front=front, edge=edge, most=block_n
     )
-    return block_counts.flatten(), block_indices, column_counts.flatten(), column_indices
+    return kept, starts.clamp(min=0), *columns
 
 
 def _columns(
@@ -325,8 +366,9 @@ def _columns(
     prefix: Tensor,
     front: Tensor,
     edge: Tensor,
+    most: int,
 ) -> tuple[Tensor, Tensor]:
-    """Counts and values of the columns: the prefix, then verticals and singles merged.
+    """The columns: the prefix, of `most` keys at most, then verticals and singles merged.
 
     Both sources are ascending, so a column's place is the number of kept columns of each source
     before it, which prefix counts give without a sort.
@@ -358,15 +400,13 @@ def _columns(
         rank = F.pad(before, (1, 0)).gather(-1, verticals_below.long())
         parts.append((more, keep_more, prefix + before_more - 1 + rank))
 
-    lead = torch.arange(int(prefix.max()) if prefix.numel() else 0, device=shift.device).int()
-    parts.append((lead.expand(heads, tiles, -1), lead < prefix, lead.expand(heads, tiles, -1)))
-    ends = counts.flatten().cumsum(0, dtype=torch.int32)  # a band is far below 2^31 columns
-    base = (ends - counts.flatten()).view(heads, tiles, 1)
-    out = verticals.new_empty(int(ends[-1]) if ends.numel() else 0)
+    lead = torch.arange(most, dtype=torch.int32, device=shift.device).expand(heads, tiles, -1)
+    parts.append((lead, lead < prefix, lead))
+    width = sum(values.shape[-1] for values, _, _ in parts)
+    out = verticals.new_zeros(heads, tiles, width + 1)
     for values, chosen, place in parts:
-        at = chosen.flatten().nonzero().squeeze(1)
-        out[(base + place).flatten()[at].long()] = values.flatten()[at]
-    return counts.long(), out
+        out.scatter_(-1, torch.where(chosen, place, width).long(), values)
+    return torch.arange(width, device=shift.device) < counts, out[..., :-1]
 
 
 def _short(block_n: int) -> int:
@@ -387,10 +427,9 @@ def _next(marks: Tensor, at: Tensor) -> Tensor:
     return F.pad(found, (0, 1), value=length)
 
 
-def _compact(marks: Tensor) -> Tensor:
-    """int32 [heads, most marks]: places of the marks, ascending, then _FAR."""
+def _compact(marks: Tensor, count: int) -> Tensor:
+    """int32 [heads, count]: places of the marks, at most `count`, ascending, then _FAR."""
     ranks = marks.cumsum(-1)
-    count = int(ranks[:, -1].max()) if marks.numel() else 0
     out = torch.full((marks.shape[0], count + 1), _FAR, dtype=torch.int32, device=marks.device)
     places = torch.arange(marks.shape[1], dtype=torch.int32, device=marks.device)
     out.scatter_(1, torch.where(marks, ranks - 1, count), places.expand(marks.shape))

@@ -6,14 +6,16 @@ They depend on lengths alone, as those of `static` do, but their indexes hold li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.index import HeadKind, SparseIndex
-from sparse_attn.lists import indptr_from_counts, pack_bits
+from sparse_attn.lists import ListBuffer, indptr_from_counts, pack_bits, tensors
 from sparse_attn.patterns.base import Pattern, check_int, check_qk, offset_or_default
 from sparse_attn.patterns.slash_lists import slash_lists
 from sparse_attn.selection import bands
@@ -76,17 +78,23 @@ class Dilated(Pattern):
     ) -> SparseIndex:
         """See `Pattern.build`; one head that stands for all, with 64 x 64 tiles."""
         check_qk("Dilated", q, k)
-        seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-        distance = torch.arange(max(self.local, self.window, 1), device=q.device)
+        sizes = (q.shape[2], k.shape[2], offset_or_default(q, k, q_offset), causal)
+        if ops.on_cpu(q):
+            return self._index(*sizes)
+        return _uploaded(self, *sizes, q.device)
+
+    def _index(self, seqlen_q: int, seqlen_k: int, q_offset: int, causal: bool) -> SparseIndex:
+        """The index on the CPU, which packs bits whatever the device."""
+        distance = torch.arange(max(self.local, self.window, 1))
         chosen = (distance < self.local) | (
             (distance < self.window) & (distance % self.stride == 0)
         )
         lists = slash_lists(
-            torch.arange(self.sink, dtype=torch.int32, device=q.device)[None],
+            torch.arange(self.sink, dtype=torch.int32)[None],
             chosen[None],
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
-            q_offset=offset_or_default(q, k, q_offset),
+            q_offset=q_offset,
             causal=causal,
             block_m=64,
             block_n=64,
@@ -104,6 +112,26 @@ class Dilated(Pattern):
             block_bits_ids=lists.block_bits_ids,
             block_bits=lists.block_bits,
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _uploaded(
+    pattern: Dilated,
+    seqlen_q: int,
+    seqlen_k: int,
+    q_offset: int,
+    causal: bool,
+    device: torch.device,
+) -> SparseIndex:
+    """Its index on a device, kept: a CUDA graph must find it there, and nobody changes it."""
+    with torch.inference_mode(False):
+        index = pattern._index(seqlen_q, seqlen_k, q_offset, causal)
+        if device.type != "cuda":
+            return index.to(device)
+        # A copy from pinned memory does not wait for what the device is at.
+        pinned = {name: x.pin_memory() for name, x in tensors(index).items()}
+        moved: dict[str, Any] = {n: x.to(device, non_blocking=True) for n, x in pinned.items()}
+        return replace(index, **moved)
 
 
 @dataclass(frozen=True)
@@ -190,7 +218,8 @@ class StridedBlocks(Pattern):
         beyond = q_offset % self.block
         own = torch.arange(tiles, device=q.device)[:, None] + (q_offset - beyond) // self.block
         key_block = torch.arange(blocks, device=q.device)
-        counts, indices, masks = [], [], []
+        counts = [own.new_zeros(0)]
+        starts, masks = (ListBuffer(heads * tiles * blocks, q.device) for _ in range(2))
         most = _CPU_BAND_ELEMENTS if q.device.type == "cpu" else MAX_BAND_ELEMENTS
         for outer, inner in bands(heads, tiles, blocks, most):
             head = torch.arange(outer.start, outer.stop, device=q.device)[:, None, None]
@@ -205,22 +234,20 @@ class StridedBlocks(Pattern):
                 last = last.clamp(max=seqlen_q) - 1 + q_offset
                 kept &= key_block * self.block <= last
             counts.append(kept.sum(-1).flatten())
-            indices.append((key_block * self.block).int().expand(kept.shape)[kept])
+            starts.append(kept, (key_block * self.block).int())
             if beyond != 0:
                 # Mask 0 is for the rows before the border, 1 for those after it.
                 mask = torch.where(near_next, 1, 0).where((near != near_next) & ~column, -1)
-                masks.append(mask.int()[kept])
-        block_counts = torch.cat(counts) if counts else own.new_zeros(0)
-        empty = torch.empty(0, dtype=torch.int32, device=q.device)
+                masks.append(kept, mask.int())
         return SparseIndex.from_lists(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
             block_m=self.block,
             block_n=self.block,
-            block_indptr=indptr_from_counts(block_counts.view(1, heads, tiles)),
-            block_indices=torch.cat(indices) if indices else empty,
+            block_indptr=indptr_from_counts(torch.cat(counts).view(1, heads, tiles)),
+            block_indices=starts.values,
             heads=self._heads(heads, listed, q.device),
-            block_bits_ids=(torch.cat(masks) if masks else empty) if beyond != 0 else None,
+            block_bits_ids=masks.values if beyond != 0 else None,
             block_bits=self._border(beyond, q.device) if beyond != 0 else None,
         )
 

@@ -57,7 +57,7 @@ def anchor_lists(
         columns likewise, all superblocks in order. On a device other than the CPU the starts and
         columns come in buffers of fixed size that the counts fill in part: nothing is read back.
     """
-    if q.device.type == "cpu":
+    if ops.on_cpu(q):
         return ops.anchor_lists(
             _native(q),
             _native(k),

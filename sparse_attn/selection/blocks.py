@@ -112,7 +112,7 @@ def block_top_k(scores: Tensor, k: int | Tensor, grid: BlockGrid, *, first_tile:
     """
     tiles, blocks = scores.shape[-2:]
     lead = scores.shape[:-2]
-    if scores.device.type == "cpu":
+    if ops.on_cpu(scores):
         budget = torch.as_tensor(k).clamp(0, blocks).to(torch.int32)
         whole = (1, 1) if budget.dim() == 0 else (math.prod(lead), tiles)
         budget = budget.expand(*lead, tiles) if budget.dim() else budget
@@ -164,7 +164,7 @@ def block_top_p(
     Returns:
         bool [..., tiles, blocks].
     """
-    if scores.device.type == "cpu":
+    if ops.on_cpu(scores):
         return ops.block_top_p(
             _rows(scores), share, logits=logits, whole=whole, grid=grid.arguments(first_tile)
         ).view(scores.shape)
@@ -214,7 +214,7 @@ def block_threshold(
     Returns:
         bool [..., tiles, blocks].
     """
-    if scores.device.type == "cpu":
+    if ops.on_cpu(scores):
         return ops.block_threshold(_rows(scores), threshold, grid.arguments(first_tile)).view(
             scores.shape
         )
@@ -272,7 +272,7 @@ def blocks_index(
         heads: heads of the index.
         device: where the index goes, also without a mask.
     """
-    if len(masks) > 1 and device.type != "cpu":  # there, lists of parts come with spare room
+    if len(masks) > 1 and not ops.on_cpu(masks[0]):  # there, lists of parts come with spare room
         masks = [torch.cat([mask.flatten(0, -2) for mask in masks])]
     parts = [list_blocks(mask, grid.block_n) for mask in masks]
     if not parts:

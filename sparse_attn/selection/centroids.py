@@ -78,7 +78,7 @@ def cluster_members(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         (indptr int64 [batch, heads, clusters + 1], members int32 [batch, heads, n]): the keys of
         cluster c are members[indptr[c] : indptr[c + 1]], ascending.
     """
-    if labels.device.type == "cpu":
+    if ops.on_cpu(labels):
         return ops.cluster_members(labels.contiguous(), clusters)
     members = torch.argsort(labels, dim=-1, stable=True).int()
     ones = torch.ones_like(labels, dtype=torch.int64)
@@ -188,7 +188,7 @@ def centroid_lists(
     indptr: Tensor,
     members: Tensor,
     *,
-    threshold: float = 0.0,
+    threshold: float | Tensor = 0.0,
     budget: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of the clusters that are kept, in order.
@@ -200,7 +200,7 @@ def centroid_lists(
     Args:
         scores: float32 [batch, heads, tiles, clusters]; negative where not scored.
         indptr, members: as `cluster_members` returns them.
-        threshold: of the score.
+        threshold: of the score; one number, or a float64 tensor [] of the scores' device.
         budget: keys a tile may have, None for any number.
 
     Returns:
@@ -209,9 +209,9 @@ def centroid_lists(
         the counts fill in part, so that nothing is read back.
     """
     limit = -1 if budget is None else budget
-    if scores.device.type == "cpu":
+    if ops.on_cpu(scores):
         return ops.centroid_lists(
-            scores.contiguous(), indptr, members, threshold=threshold, budget=limit
+            scores.contiguous(), indptr, members, threshold=float(threshold), budget=limit
         )
     return _centroid_lists_torch(scores, indptr, members, threshold, budget)
 
@@ -223,10 +223,10 @@ def _cluster_of_places(indptr: Tensor, members: Tensor) -> Tensor:
 
 
 def _centroid_lists_torch(
-    scores: Tensor, indptr: Tensor, members: Tensor, threshold: float, budget: int | None
+    scores: Tensor, indptr: Tensor, members: Tensor, threshold: float | Tensor, budget: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`centroid_lists` on any device."""
-    keep = (scores >= 0) & (scores > threshold if threshold > 0 else scores.isfinite())
+    keep = (scores >= 0) & ((scores.double() > threshold) | (threshold <= 0))
     sizes = indptr.diff(dim=-1)[:, :, None].expand_as(scores)
     if budget is not None:
         order = scores.masked_fill(~keep, -1.0).argsort(dim=-1, descending=True, stable=True)

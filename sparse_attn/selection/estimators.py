@@ -53,7 +53,7 @@ def bands(
 def native_inputs(q: Tensor, k: Tensor) -> bool:
     """Whether the native CPU estimators take these tensors; others run in plain torch."""
     return (
-        q.device.type == "cpu"
+        ops.on_cpu(q)
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
         and 0 < q.shape[-1] <= 256

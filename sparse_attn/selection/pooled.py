@@ -32,7 +32,7 @@ def pool(x: Tensor, block: int, kind: str = "mean") -> Tensor:
     Returns:
         float32 [..., ceil(seqlen / block), head_dim].
     """
-    if x.device.type == "cpu" and x.dtype in _NATIVE and x.dim() == 4 and x.stride(-1) == 1:
+    if ops.on_cpu(x) and x.dtype in _NATIVE and x.dim() == 4 and x.stride(-1) == 1:
         return ops.pool_blocks(x, block, kind)
     return _pool_torch(x, block, kind)
 
@@ -213,7 +213,7 @@ def _cell_block_sums(
 
     logits float32 [..., n, width], limits int64 [n]; returns [..., tiles, blocks].
     """
-    if logits.device.type == "cpu":
+    if ops.on_cpu(logits):
         sums = ops.cell_block_sums(
             logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:]),
             limits,

@@ -67,7 +67,7 @@ def top_k_indices(scores: Tensor, k: int) -> Tensor:
     """
     n = scores.shape[-1]
     k = max(0, min(k, n))
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
+    if ops.on_cpu(scores) and scores.dtype == torch.float32:
         rows = scores.reshape(math.prod(scores.shape[:-1]), n).contiguous()
         return ops.top_k(rows, k).view(*scores.shape[:-1], k)
     mask = top_k_mask(scores, k)
