@@ -203,7 +203,9 @@ def _cells(x: Tensor, stride: int, reverse: bool = False) -> Tensor:
     missing = -x.shape[-2] % stride
     x = F.pad(x, (0, 0, 0, missing)) if missing else x
     x = x.float().reshape(*x.shape[:-2], x.shape[-2] // stride, stride, x.shape[-1])
-    return (x.flip(-2) if reverse else x).flatten(-2)
+    if reverse:  # index_select copies whole rows, flip element by element
+        x = x.index_select(-2, torch.arange(stride - 1, -1, -1, device=x.device))
+    return x.flatten(-2)
 
 
 def _cell_block_sums(
