@@ -332,3 +332,15 @@ def test_export_with_any_length(pattern):
     for length in (40, 67):
         x = torch.randn(1, length, 32)
         assert torch.equal(program.module()(x), layer(x))
+
+
+def test_a_module_that_cannot_be_loaded_says_why(tmp_path):
+    """What `load_cuda` rests on: the module is not there, or is no library for this torch."""
+    from sparse_attn.ops import library
+
+    causes = ("built without CUDA", "does not fit this torch")
+    with pytest.raises(ImportError, match="x.so is missing: built without CUDA"):
+        library._load(str(tmp_path / "x.so"), *causes)
+    (tmp_path / "x.so").write_bytes(b"\x7fELF of another machine")
+    with pytest.raises(ImportError, match="Likely: does not fit this torch"):
+        library._load(str(tmp_path / "x.so"), *causes)

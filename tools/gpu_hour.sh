@@ -27,12 +27,13 @@ declare -A steps=(
   [graph]="$python tools/gpu/graph_replay.py --json $results/graph_replay.json"
   [bench]="$python tools/gpu/benchmark.py --json $results/attention.json"
   [compare]="$python tools/gpu/compare.py --json $results/compare.json"
+  [opcodes]="$python tools/gpu/opcodes.py --json $results/opcodes.json"
   [sanitizer]="for tool in memcheck racecheck initcheck synccheck; do
            SPARSE_ATTN_TEST_CUDA=device timeout 140 compute-sanitizer --tool \$tool
            --error-exitcode 9 $python -m pytest -q -x -p no:cacheprovider -k 'bf16 and 64'
            tests/test_cuda_prefill.py tests/test_cuda_decode.py || exit; done"
 )
-readonly order=(build environment suite graph bench compare sanitizer)
+readonly order=(build environment suite graph bench compare opcodes sanitizer)
 
 dry_run=false
 chosen=()
