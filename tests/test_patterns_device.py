@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
 from sparse_attn import CentroidIndex, CentroidLookup, PerHead, SparseIndex, ops
-from sparse_attn.lists import unpack_bits
+from sparse_attn.lists import indptr_from_counts, unpack_bits
+from sparse_attn.selection import hip
 
 WAITS = {
     "aten::_local_scalar_dense": "item, int, bool",
@@ -186,6 +187,69 @@ def test_centroid_lookup(options, levels):
     with off_cpu():
         found = lookup.build(q, k)
     assert_same(native, found, 70)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_hierarchical_search(seed):
+    """Scores with many ties; every stage on what the one before kept."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    heads_kv, group = draw(1, 2), draw(1, 2)
+    seqlen_q, seqlen_k = draw(1, 90), draw(1, 400)
+    q = torch.randint(-1, 2, (draw(1, 2), heads_kv * group, seqlen_q, 8), generator=generator)
+    k = torch.randint(-1, 2, (q.shape[0], heads_kv, seqlen_k, 8), generator=generator).float()
+    if seed % 5 == 0:
+        k[:, :, :: draw(2, 9)] = torch.nan
+    options = {
+        "q_offset": draw(-20, seqlen_k),
+        "softmax_scale": 0.5,
+        "block_m": (1, 16, 32)[seed % 3],
+        "sink": draw(0, 20),
+        "window": draw(0, 60),
+        "lists": (heads_kv * group, heads_kv, 1)[seed // 3 % 3],
+    }
+    leaf, stride_k = draw(1, 9), draw(1, 3)
+    chunk, small = 1 << draw(1, 5), 1 << draw(0, 1)
+    tree = {"stride_q": draw(1, 3), "groups": draw(1, 12), "leaf": leaf, "stride_k": stride_k}
+    first = {"stride_q": 2, "chunk": chunk, "keep": draw(1, 9), "overlap": chunk}
+    second = {"stride_q": 1, "chunk": small, "keep": draw(1, 9), "overlap": chunk}
+    lists = {x: options[x] for x in ("q_offset", "block_m", "sink", "window")}
+    lists.update(seqlen_q=seqlen_q, seqlen_k=seqlen_k, block_n=8)
+
+    def search():
+        found = [hip.hip_tree(q.float(), k, center=seed % 2 == 0, **tree, **options)]
+        found.append(hip.hip_stage(q.float(), k, parents=None, parent_chunk=0, **first, **options))
+        before = {"parents": found[-1], "parent_chunk": chunk}
+        found.append(hip.hip_stage(q.float(), k, **before, **second, **options))
+        return found
+
+    native = search()
+    with off_cpu():
+        found = search()
+        built = hip.leaf_lists(found[0], leaf=leaf, **lists)
+    for ours, theirs in zip(native, found, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert_same(
+        *(index_of_lists(x, lists) for x in (hip.leaf_lists(found[0], leaf=leaf, **lists), built)),
+        seqlen_q,
+    )
+
+
+def index_of_lists(parts, lists) -> SparseIndex:
+    block_counts, blocks, ids, masks, column_counts, columns = parts
+    sizes = {x: lists[x] for x in ("seqlen_q", "seqlen_k", "block_m", "block_n")}
+    return SparseIndex.from_lists(
+        **sizes,
+        block_indptr=indptr_from_counts(block_counts),
+        block_indices=blocks,
+        block_bits_ids=ids,
+        block_bits=masks.view(-1, 8, 1),
+        column_indptr=indptr_from_counts(column_counts),
+        column_indices=columns,
+    )
 
 
 MIXED = {
