@@ -496,7 +496,7 @@ def test_in_a_model_with_a_fixed_prefix():
         assert found.shape == (1, 155)
         if "threshold" in threshold:
             assert torch.equal(found, dense)  # everything is kept
-    assert set(seen) == {0, 1} and len(seen) > 8
+    assert sorted(seen) == [0] * 4 + [1] * 4  # each layer's two choices once at each enable
 
 
 @pytest.mark.parametrize("rows", [1, 40])
