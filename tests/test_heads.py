@@ -202,6 +202,27 @@ def test_ready_plans_load(name):
     assert all(recall is not None for recall in recalls)
 
 
+@pytest.mark.parametrize("name", ready_plans())
+def test_ready_plans_are_of_the_schema_and_run(name):
+    """A layer gives every head what that head's pattern gives alone."""
+    jsonschema = pytest.importorskip("jsonschema")
+    plan = HeadPlan.ready(name)
+    jsonschema.Draft202012Validator(schema()).validate(plan.to_dict())
+    assert HeadPlan.from_dict(json.loads(plan.to_json())) == plan
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, plan.num_heads, 150, 16, generator=generator)
+    k, v = torch.randn(2, 1, plan.num_heads_kv, 150, 16, generator=generator)
+    group = plan.num_heads // plan.num_heads_kv
+    for layer in (0, plan.num_layers - 1):
+        out = sparse_attn.attention(q, k, v, plan(layer), fallback=False)
+        for head, planned in enumerate(plan.layers[layer]):
+            one, kv = slice(head, head + 1), slice(head // group, head // group + 1)
+            alone = (q[:, one], k[:, kv], v[:, kv], planned.pattern)
+            assert torch.allclose(
+                out[:, one], sparse_attn.attention(*alone, fallback=False), atol=1e-5
+            )
+
+
 def test_an_unknown_ready_plan():
     with pytest.raises(ValueError, match="'none such' is unknown; there are"):
         HeadPlan.ready("none such")
