@@ -174,6 +174,40 @@ def test_without_a_compiler_shares_are_unknown(
 
 # --- peers ----------------------------------------------------------------------------------------
 
+
+def test_every_instruction_set_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_ATTN_CPU_CAPABILITY", "none")
+    with pytest.raises(RuntimeError) as error:
+        ops.cpu_capability()
+    known = str(error.value).splitlines()[0].split("known: ")[1].split(", ")
+    assert "scalar" in known and set(known) <= set(suites.CAPABILITIES)
+
+
+def test_backward_is_timed_alone() -> None:
+    """What is timed gives the gradients of the case's own keys, call after call."""
+    problem, choice = Problem("float32", 96, 96, 32, heads=2, heads_kv=2), Choice("blocks", 0.4)
+    case, keys = Case(problem, choice), Keys(problem, choice)
+    with torch.no_grad():  # as under the command
+        prepared = peers.IMPLEMENTATIONS[peers.BACKWARD](case, problem.inputs(), keys)
+        prepared.call()
+        found = prepared.call()
+    q, k, v = (x.requires_grad_() for x in problem.inputs())
+    mask = keys.index.to_dense_mask() & torch.ones(96, 96, dtype=torch.bool).tril()
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    expected = torch.autograd.grad(out.sum(), (q, k, v))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prepared.output(found), out.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_work_of_backward_is_five_products() -> None:
+    case = Case(SMALL)
+    density = Keys(SMALL, Choice()).index.density()
+    forward, backward = (
+        runner._work(c, density)["flop"] for c in (case, case.with_(by=peers.BACKWARD))
+    )
+    assert backward == 2.5 * forward
+
+
 SMALL = Problem("float32", 96, 96, 32, heads=4, heads_kv=2)
 
 
@@ -314,7 +348,7 @@ def test_the_tables_in_the_docs_are_those_of_the_command(
 ) -> None:
     page = (REPO / "docs" / "cpu_speed.md").read_text()
     tables = re.findall(r"<!-- table of (\S+) -->\n(.*?)<!-- end -->", page, re.DOTALL)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for file, text in tables:
         assert main(["bench", "--table", str(REPO / file)]) == 0
         assert capsys.readouterr().out == text, file

@@ -116,6 +116,8 @@ class FaultBox {
 };
 
 // Deals 0..n-1 to the executor's threads one by one; work(i) returns false to stop.
+// A thread stops only when nothing is left to deal, whatever the tiles' lengths: none idles while
+// another has more to do than the tile in its hands.
 template <class Work>
 void deal(const Executor& executor, int64_t n, Work work) {
   std::atomic<int64_t> next{0};

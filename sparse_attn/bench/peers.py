@@ -83,6 +83,30 @@ def _ours_op(case: Case, inputs: Inputs, keys: Keys) -> Prepared:
     return Prepared(call)
 
 
+# ------------------------------------------------------------------------------ gradients
+
+BACKWARD, SDPA_BACKWARD = "sparse_attn backward", "torch SDPA backward"
+#: Products per visible pair, in units of the forward pass: its two are five here.
+BACKWARD_WORK = 2.5
+
+
+def _backward(of: Prepare) -> Prepare:
+    """Gradients of q, k and v; the forward pass before them is not timed."""
+
+    def prepare(case: Case, inputs: Inputs, keys: Keys) -> Prepared:
+        q, k, v = (x.detach().requires_grad_() for x in inputs)
+        with torch.enable_grad():
+            forward = of(case, (q, k, v), keys)
+            out = forward.output(forward.call())
+        grad_out = torch.ones_like(out)
+        return Prepared(
+            lambda: torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True),
+            lambda _: out.detach(),
+        )
+
+    return prepare
+
+
 # ------------------------------------------------------------------------------ torch
 
 
@@ -263,7 +287,9 @@ def _onnx(op: str) -> Prepare:
 IMPLEMENTATIONS: dict[str, Prepare] = {
     "sparse_attn": _ours,
     "sparse_attn op": _ours_op,
+    BACKWARD: _backward(_ours),
     "torch SDPA": _sdpa,
+    SDPA_BACKWARD: _backward(_sdpa),
     "FlexAttention": _flex,
     "vLLM": _vllm,
     "ORT MultiHeadAttention": _onnx("MultiHeadAttention"),

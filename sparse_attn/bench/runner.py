@@ -220,10 +220,15 @@ def run_group(group: Group, settings: Settings, results: Results, suite: str = "
 AllTimes = dict[Case | str, Times]
 
 
+def _is_backward(case: Case) -> bool:
+    return case.by in (peers.BACKWARD, peers.SDPA_BACKWARD)
+
+
 def _work(case: Case, density: Density) -> dict[str, float]:
     """FLOP over the visible pairs, and bytes of the keys and values that must be read."""
+    passes = peers.BACKWARD_WORK if _is_backward(case) else 1.0
     return {
-        "flop": case.problem.dense_flops * density.element,
+        "flop": case.problem.dense_flops * density.element * passes,
         "byte": case.problem.dense_bytes * density.tile,
     }
 
@@ -262,6 +267,7 @@ def _record(
         and not peers.is_ours(other.by)
         and other.problem == case.problem
         and other.choice in (Choice(), case.choice)
+        and _is_backward(other) == _is_backward(case)
     }
     dense_peers = [
         other
@@ -269,6 +275,7 @@ def _record(
         if not peers.is_ours(other.by)
         and other.problem == case.problem
         and other.choice.kind == "dense"
+        and _is_backward(other) == _is_backward(case)
     ]
     best = min(dense_peers, key=lambda c: median(times[c].of(clock)), default=None)
     own = case.with_(choice=Choice())

@@ -9,6 +9,7 @@ from itertools import product
 
 from sparse_attn import ops
 
+from . import peers
 from .cases import Case, Choice, Problem
 from .peers import PEERS
 from .runner import Goal, Group
@@ -20,7 +21,7 @@ ORT_MHA, ORT_GQA, ORT_SPARSE = (
     "ORT GroupQueryAttention",
     "ORT SparseAttention",
 )
-CAPABILITIES = ("scalar", "avx2", "avx512", "avx512_bf16")
+CAPABILITIES = ("scalar", "neon", "avx2", "avx512", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,30 @@ def decode(options: Options) -> Iterator[Group]:
             yield Group(f"decode, {dtype}, {seqlen} keys, head_dim {dim}", cases, goals)
 
 
+def backward(options: Options) -> Iterator[Group]:
+    """Gradients against the forward pass over the same keys, and against torch SDPA's."""
+    share = (options.density or (0.1,))[0]
+    dtypes = options.dtype or ("float32", "bfloat16")
+    choices = (DENSE, Choice("blocks", share), Choice("columns", share))
+    for seqlen, dim in product(options.seqlen or (8192,), options.head_dim or (128,)):
+        for dtype in dtypes:
+            problem = _prefill_problem(options, dtype, seqlen, dim)
+            cases: list[Case] = []
+            goals: list[Goal] = []
+            for choice in choices:
+                ours = Case(problem, choice, threads=options.threads)
+                gradients = ours.with_(by=peers.BACKWARD)
+                cases += [ours, gradients]
+                text = f"{dtype}, {choice}: time of backward over forward"
+                goals.append(Goal(text, gradients, over=ours, bound=3.5, at_least=False))
+                if choice is DENSE and "sdpa" in options.peers:
+                    other = ours.with_(by=peers.SDPA_BACKWARD)
+                    cases += [ours.with_(by=SDPA), other]
+                    text = f"{dtype}, {choice}: speed-up of backward over {SDPA}'s"
+                    goals.append(Goal(text, gradients, over=other, inverse=True))
+            yield Group(f"backward, {dtype}, {seqlen} tokens, head_dim {dim}", cases, goals)
+
+
 def overhead(options: Options) -> Iterator[Group]:
     """What a call costs when there is almost nothing to compute."""
     seqlen, dim = (options.seqlen or (16,))[0], (options.head_dim or (64,))[0]
@@ -318,6 +343,7 @@ SUITES: dict[str, Callable[[Options], Iterator[Group]]] = {
     "short": short,
     "columns": columns,
     "decode": decode,
+    "backward": backward,
     "overhead": overhead,
 }
 
