@@ -54,6 +54,7 @@ FEATURES = {
     ),
     "biases, bits, sinks": decode(kinds=("listed",), bias="finite", bits=0.6, sinks=True),
     "softcap, not causal": decode(softcap=3.0, magnitude=3.0, causal=False, kinds=("dense",)),
+    "runs": decode(1500, kinds=("dense", "streaming", "listed"), heads=3, heads_kv=3, block_n=16),
     "many rows": decode(203, heads=14, seqlen_q=5, block_m=16, kinds=("listed", "streaming")),
 }
 
@@ -303,6 +304,10 @@ FAULTS = {
     "rescaling forgotten": (6, decode(kinds=("dense",), magnitude=4.0)),
     "no wait for a copy": (21, decode(kinds=("dense",))),
     "no barrier": (22, decode(kinds=("dense",))),
+    "no barrier behind the plan of runs": (
+        36,
+        decode(17500, heads=1, heads_kv=1, kinds=("dense",)),
+    ),
     "a split lost": (23, decode(kinds=("dense",))),
     "warps met with a stale maximum": (26, decode(kinds=("dense",))),
     "mask bits not looked at": (28, decode(kinds=("blocks",), bits=1.0)),

@@ -27,6 +27,9 @@ WRONG = {
     10: ("no sink", Case(heads=2, heads_kv=2, sinks=True, kinds=("dense",))),
     12: ("the last chunk lost", PLAIN),
     13: ("lse in base 2", PLAIN),
+    15: ("masked pieces in runs", Case(heads=2, heads_kv=2, kinds=("dense",))),
+    16: ("no barrier behind the plan of runs", Case(**{**vars(PLAIN), "seqlen_k": 2200})),
+    17: ("a piece of a run from its neighbour", PLAIN),
 }
 
 

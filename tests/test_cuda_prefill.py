@@ -48,6 +48,15 @@ FEATURES = {
         heads=3, heads_kv=1, kinds=("listed",), bias="finite", bits=0.6, sinks=True, block_n=24
     ),
     "softcap": Case(heads=2, heads_kv=1, softcap=3.0, magnitude=3.0, sinks=True),
+    "runs": Case(
+        kinds=("dense", "streaming", "listed"),
+        heads=3,
+        heads_kv=1,
+        seqlen_q=20,
+        seqlen_k=600,
+        block_n=16,
+        fill=0.9,
+    ),
 }
 
 
@@ -91,6 +100,9 @@ MORE = {
     "large logits": Case(magnitude=40.0, heads=3, heads_kv=3),
     "a scale of zero": Case(softmax_scale=0.0, heads=3, heads_kv=3),
     "a negative scale": Case(softmax_scale=-0.3, heads=3, heads_kv=3),
+    "many runs": Case(
+        seqlen_q=20, seqlen_k=2300, heads=2, heads_kv=1, block_n=32, fill=0.98, kinds=("blocks",)
+    ),
     "many keys": Case(seqlen_q=20, seqlen_k=1500, heads=3, heads_kv=1, block_n=64, fill=0.9),
 }
 

@@ -2,6 +2,7 @@
 """The gates on what the compiler makes of CUDA kernels, and a kernel that spills."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +71,31 @@ def measured(**changes):
     ],
 )
 def test_what_is_worse_breaks_a_limit(changes):
-    worse, changed = gates.differences(measured(**changes), measured())
-    assert len(worse) == 1 and next(iter(changes)).split("_")[0] in worse[0] and changed == []
+    (change,) = gates.differences(measured(**changes), measured())
+    assert change.worse and change.field == next(iter(changes))
+    assert "BROKEN" in gates.change_table([change])
 
 
 def test_what_is_better_is_told_and_what_is_new_needs_a_limit():
-    worse, changed = gates.differences(measured(registers=90), measured())
-    assert worse == [] and changed == ["k: registers 90, was 100"]
-    assert gates.differences(measured(), {})[0] == ["k: no limit is checked in"]
-    assert gates.differences({}, measured())[1] == ["k: is gone"]
+    assert gates.differences(measured(), measured()) == []
+    changes = gates.differences(measured(registers=90), measured())
+    assert changes == [gates.Change("k", "registers", 100, 90, worse=False)]
+    assert gates.differences(measured(), {}) == [gates.Change("k", "kernel", "none", "there", True)]
+    assert not gates.differences({}, measured())[0].worse
+    head, line = gates.change_table(changes).splitlines()
+    assert head.split() == ["kernel", "what", "limit", "now"]
+    assert line.split() == ["k", "registers", "100", "90"]
+
+
+def test_the_goals_are_in_the_limits():
+    """Nothing spills, two blocks fit at head_dim 128, 18 % are tensor-core instructions."""
+    limits = json.loads(gates.LIMITS.read_text())["kernels"]
+    assert all(limit["local_bytes"] == 0 for limit in limits.values())
+    assert limits["prefill_kernel 128"]["tensor_share"] >= 0.18
+    assert all(
+        limits[f"{name}_kernel 128{rows}"]["blocks_per_sm"] >= 2
+        for name, rows in (("prefill", ""), ("decode", " x 16"), ("decode", " x 64"))
+    )
 
 
 SPILLS = """
@@ -107,5 +124,5 @@ def test_a_kernel_that_spills_is_found(tmp_path):
     subprocess.run(command, check=True)
     (kernel,) = gates.measure(binary, {"spills": 1024}).values()
     assert kernel.local_bytes > 0 and kernel.registers <= 64 and kernel.shared_bytes == 1024
-    worse, _ = gates.differences({"k": gates.row(kernel)}, {"k": gates.row(kernel)})
-    assert "local memory" in worse[0]
+    (change,) = gates.differences({"k": gates.row(kernel)}, {"k": gates.row(kernel)})
+    assert change.worse and change.field == "local_bytes"

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the compiler made of the CUDA kernels, against limits that are checked in.
 
-python tools/gates/gates.py            compiles the kernels, prints a table, fails on a broken limit
-python tools/gates/gates.py --update   writes limits.json from what is found, prints what changed
+python tools/gates/gates.py            prints tables, fails on a broken limit
+python tools/gates/gates.py --update   writes limits.json from what is found
+
+The PTX is that of the module that the tests execute, so the kernels are compiled once for both;
+ptxas makes sm_80 code of it. What differs from the limits is printed as a table of changes.
 
 Per kernel: registers, spills and local memory (none is allowed), shared memory, blocks per SM, and
 of the loop with the largest share of tensor-core instructions (the unmasked one) how many of them
@@ -11,12 +14,15 @@ pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm.
 """
 
 import argparse
+import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +95,9 @@ def tool(name: str) -> str:
     return found
 
 
-def output(*command: str) -> str:
+def output(*command: str, folder: Path | None = None) -> str:
     """What a program prints; raises with its errors if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -155,26 +161,48 @@ def row(kernel: Kernel) -> dict[str, float]:
     return {name: round(getattr(kernel, name), 3) for name in DIRECTIONS}
 
 
+@dataclass(frozen=True)
+class Change:
+    """Of a kernel against its limits."""
+
+    kernel: str
+    field: str
+    limit: float | str
+    now: float | str
+    worse: bool
+
+    def __str__(self) -> str:
+        mark = "BROKEN" if self.worse else ""
+        return (
+            f"{self.kernel:28}{self.field:>15}{self.limit!s:>12}{self.now!s:>12}  {mark}".rstrip()
+        )
+
+
 def differences(
     found: dict[str, dict[str, float]], limits: dict[str, dict[str, float]]
-) -> tuple[list[str], list[str]]:
-    """What is worse than its limit, and what is merely different; a line each."""
-    worse, changed = [], []
+) -> list[Change]:
+    """What is worse than its limit or merely different, and what spills; the worst first."""
+    changes = []
     for name in sorted({*found, *limits}):
         if name not in found or name not in limits:
-            (worse if name in found else changed).append(
-                f"{name}: {'no limit is checked in' if name in found else 'is gone'}"
-            )
+            there = name in found
+            now, limit = ("there", "none") if there else ("gone", "there")
+            changes.append(Change(name, "kernel", limit, now, there))
             continue
         for field, sign in DIRECTIONS.items():
-            now, limit = found[name][field], limits[name][field]
+            now, limit = found[name][field], limits[name].get(field, "none")
             if field == "local_bytes" and now > 0:
-                worse.append(f"{name}: {now} bytes of local memory; none is allowed")
-            elif sign * (now - limit) > 0:
-                worse.append(f"{name}: {field} {now}, limit {limit}")
+                changes.append(Change(name, field, 0, now, True))
             elif now != limit:
-                changed.append(f"{name}: {field} {now}, was {limit}")
-    return worse, changed
+                worse = isinstance(limit, str) or sign * (now - limit) > 0
+                changes.append(Change(name, field, limit, now, worse))
+    return sorted(changes, key=lambda change: not change.worse)
+
+
+def change_table(changes: list[Change]) -> str:
+    """A line a change."""
+    head = f"{'kernel':28}{'what':>15}{'limit':>12}{'now':>12}"
+    return "\n".join([head, *map(str, changes)])
 
 
 SIZES = """
@@ -211,18 +239,38 @@ def shared_bytes(folder: Path, flags: list[str]) -> dict[tuple[str, int, int], i
     return {(kernel, int(dim), int(rows)): int(size) for kernel, dim, rows, size in lines}
 
 
+def emulated_objects() -> list[Path]:
+    """Objects of the module that the tests execute, with the PTX of the bf16 kernels."""
+    sys.path.insert(0, str(REPO / "tests"))
+    library = importlib.import_module("cuda_emulation").build()
+    folder = library.parents[1] / "CMakeFiles" / "sparse_attn_cuda_kernels.dir" / "csrc" / "cuda"
+    return sorted(folder.glob("*/instantiations/bf16_*.o"))
+
+
+def assemble(source: Path, folder: Path) -> Path:
+    """sm_80 code of an object's PTX."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    output(tool("cuobjdump"), "-xptx", "all", str(source), folder=folder)
+    (ptx,) = folder.glob("*.ptx")
+    binary = folder / "kernels.cubin"
+    output(tool("ptxas"), "-arch=sm_80", "-o", str(binary), str(ptx))
+    return binary
+
+
 def compile_kernels(folder: Path, cutlass: str) -> dict[str, dict[str, float]]:
     """The bf16 kernels of every head_dim for sm_80, measured; fp16 ones differ in an opcode."""
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++20", "--expt-relaxed-constexpr", "-lineinfo", f"-isystem={cutlass}"]
-    flags += ["-gencode", "arch=compute_80,code=sm_80"]
-    sizes = shared_bytes(folder, flags)
-    launcher = [ccache] if (ccache := shutil.which("ccache")) else []
+    flags = ["-std=c++20", "--expt-relaxed-constexpr", f"-isystem={cutlass}"]
+    sizes = shared_bytes(folder, [*flags, "-gencode", "arch=compute_80,code=compute_80"])
+    sources = emulated_objects()
+    kernels = [(x.parts[-3], int(x.name.split(".")[0].split("_")[1])) for x in sources]
+    folders = [folder / f"{kernel}_{dim}" for kernel, dim in kernels]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        binaries = list(pool.map(assemble, sources, folders))
     found = {}
-    for source in sorted(REPO.glob("csrc/cuda/*/instantiations/bf16_*.cu")):
-        kernel, dim = source.parts[-3], int(source.stem.split("_")[1])
-        binary = folder / f"{kernel}_{source.stem}.o"
-        output(*launcher, tool("nvcc"), *flags, "-c", "-o", str(binary), str(source))
+    for (kernel, dim), binary in zip(kernels, binaries, strict=True):
         shared = {
             (f"{kernel}_kernel" if rows == 0 else f"Li{dim}ELi{rows}E"): size
             for (of, at, rows), size in sizes.items()
@@ -236,7 +284,7 @@ def compile_kernels(folder: Path, cutlass: str) -> dict[str, dict[str, float]]:
             found[label] = row(measured)
         found[f"binary of {kernel} {dim}"] = {
             **dict.fromkeys(DIRECTIONS, 0),
-            "shared_bytes": -(-binary.stat().st_size // 65536) * 65536,
+            "shared_bytes": -(-binary.stat().st_size // 16384) * 16384,
         }
     return found
 
@@ -267,12 +315,12 @@ def main() -> None:
     compiler = output(tool("nvcc"), "--version").split("release ")[1].split(",")[0]
     kept = json.loads(LIMITS.read_text()) if LIMITS.exists() else {"nvcc": compiler, "kernels": {}}
     print(table(found))
-    worse, changed = differences(found, kept["kernels"])
+    changes = differences(found, kept["kernels"])
+    worse = [change for change in changes if change.worse]
     if compiler != kept["nvcc"]:  # another compiler may take more or less; none may spill
         print(f"limits are of nvcc {kept['nvcc']}, this is {compiler}: only spills count")
-        worse, changed = [line for line in worse if "local memory" in line], worse + changed
-    for line in worse + changed:
-        print(line)
+        worse = [change for change in worse if change.field == "local_bytes"]
+    print("\nno changes" if not changes else f"\n{change_table(changes)}")
     if options.update:
         LIMITS.write_text(json.dumps({"nvcc": compiler, "kernels": found}, indent=1) + "\n")
     elif worse:

@@ -41,7 +41,33 @@ struct DeviceCall {
   int64_t batch = 0;      // of q; 1 with ranges: all sequences in one entry
   int64_t num_pages = 0;  // of k and v, with a block table
   int32_t max_q_len = 0;  // rows of a sequence at most; longer ones count as empty
+  // What follows is derived, by plan_runs.
+  bool runs = false;        // whether any chunk may count as a run (runs.cuh)
+  int32_t page_rows = 0;    // rows from a page to the next, with a block table
+  int32_t k_row_bytes = 0;  // from a row to the next
+  int32_t v_row_bytes = 0;
 };
+
+// Runs need one number for the place of a row, the same for k and v, strides of 32 bits, and
+// logits that are scores times a positive number.
+inline void plan_runs(DeviceCall& p) {
+  const AttentionParams& call = p.call;
+  constexpr int64_t kMost = INT32_MAX;
+  const int64_t k_row = call.k.row_stride, v_row = call.v.row_stride;
+  int64_t rows = call.seqlen_k;
+  p.runs = call.softcap == 0.0f && call.softmax_scale > 0.0f && k_row >= 0 && v_row >= 0 &&
+           k_row * 2 <= kMost && v_row * 2 <= kMost;
+  if (call.pages.block_table != nullptr && p.runs) {
+    const int64_t step = k_row > 0 ? call.k.batch_stride / k_row : 0;
+    p.runs = step * k_row == call.k.batch_stride && step * v_row == call.v.batch_stride;
+    rows = p.runs ? step * p.num_pages + call.pages.page_size : 0;
+    p.page_rows = static_cast<int32_t>(p.runs && rows <= kMost ? step : 0);
+  }
+  p.runs = p.runs && rows <= kMost;
+  if (!p.runs) return;
+  p.k_row_bytes = static_cast<int32_t>(k_row * 2);
+  p.v_row_bytes = static_cast<int32_t>(v_row * 2);
+}
 
 #ifdef __CUDACC__
 #define SPARSE_ATTN_HOST_DEVICE __host__ __device__

@@ -2,8 +2,13 @@
 // Shared-memory tiles and warp-level products that the attention kernels have in common.
 #pragma once
 
-#include <cutlass/numeric_conversion.h>
-#include <cute/tensor.hpp>
+#include <cutlass/bfloat16.h>
+#include <cutlass/half.h>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/layout.hpp>
+#include <cute/layout_composed.hpp>
+#include <cute/swizzle_layout.hpp>
 
 #include "keys.cuh"
 
@@ -16,9 +21,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // Tiles of rows of kHeadDim elements, swizzled so that neither copies nor ldmatrix meet a bank
 // twice.
-template <class Element_, int kHeadDim>
+template <class Element_, int kHeadDim_>
 struct TileLayouts {
   using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32;
   using Swizzled =
       decltype(composition(Swizzle<kColumns == 64 ? 3 : 2, 3, 3>{},
@@ -26,14 +32,144 @@ struct TileLayouts {
   template <int kRows>
   using Rows = decltype(tile_to_shape(Swizzled{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
   using Keys = Rows<kChunkKeys>;
-  using Transposed = decltype(composition(
-      Keys{}, make_layout(Shape<Int<kHeadDim>, Int<kChunkKeys>>{}, GenRowMajor{})));
   static constexpr int kKeysElements = cosize_v<Keys>;
+  static constexpr uint32_t kTileBytes = kKeysElements * sizeof(Element);
 
   using Atom = conditional_t<is_same_v<Element, cutlass::half_t>, SM80_16x8x16_F32F16F16F32_TN,
                              SM80_16x8x16_F32BF16BF16F32_TN>;
-  // One warp: every warp multiplies tiles of its own.
-  using Mma = TiledMMA<MMA_Atom<Atom>, Layout<Shape<_1, _1, _1>>, cute::Tile<_16, _16, _16>>;
+};
+
+// Accumulators of a warp's 16 rows and 8 * kTiles columns: of tile n a lane has the columns
+// 8 n + 2 (lane % 4) + {0, 1}, of row lane / 4 in elements 0 and 1 and of row lane / 4 + 8 in 2 and
+// 3.
+template <int kTiles>
+using Accumulators = float[kTiles][4];
+
+// Adds the product of 16 x 16 numbers by 16 x 16 to two tiles. Operands are as load_matrices leaves
+// them.
+template <class Atom>
+CUTE_DEVICE void multiply(const uint32_t (&a)[4], const uint32_t (&b)[4], float (&first)[4],
+                          float (&second)[4]) {
+  Atom::fma(first[0], first[1], first[2], first[3], a[0], a[1], a[2], a[3], b[0], b[1], first[0],
+            first[1], first[2], first[3]);
+  Atom::fma(second[0], second[1], second[2], second[3], a[0], a[1], a[2], a[3], b[2], b[3],
+            second[0], second[1], second[2], second[3]);
+}
+
+// 16 x 16 numbers from shared memory as an operand of the product.
+CUTE_DEVICE void load_matrices(uint32_t address, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.x4.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+CUTE_DEVICE void load_transposed(uint32_t address, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.x4.trans.m8n8.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address));
+}
+
+// Addresses of a lane for the 16 x 16 pieces of a tile. The swizzle permutes what lies within
+// kColumns columns, so there are kColumns / 16 of them; all others are constants away.
+template <class L, class Layout>
+struct PieceAddresses {
+  static constexpr int kAddresses = L::kColumns / 16;
+  uint32_t at[kAddresses];
+
+  PieceAddresses() = default;
+  CUTE_DEVICE PieceAddresses(const typename L::Element* tile, int row, int column) {
+    CUTE_UNROLL
+    for (int i = 0; i < kAddresses; ++i)
+      at[i] = cast_smem_ptr_to_uint(tile + Layout{}(row, column + i * 16));
+  }
+  // The same in a tile that lies so many bytes behind.
+  CUTE_DEVICE PieceAddresses behind(uint32_t bytes) const {
+    PieceAddresses moved;
+    CUTE_UNROLL
+    for (int i = 0; i < kAddresses; ++i) moved.at[i] = at[i] + bytes;
+    return moved;
+  }
+  // Of the piece at these multiples of 16.
+  CUTE_DEVICE uint32_t operator()(int row, int column) const {
+    return at[column / 16 % kAddresses] +
+           Layout{}(row, column / L::kColumns * L::kColumns) * sizeof(typename L::Element);
+  }
+};
+
+// Lanes give the rows of the four matrices: of Q (16 rows, A), of K (16 keys, B) and of V (16 keys,
+// B, transposed).
+template <class L, class Layout>
+CUTE_DEVICE PieceAddresses<L, Layout> q_addresses(const typename L::Element* tile, int row,
+                                                  int lane) {
+  return {tile, row + lane % 16, lane / 16 * 8};
+}
+template <class L>
+CUTE_DEVICE PieceAddresses<L, typename L::Keys> k_addresses(const typename L::Element* tile,
+                                                            int row, int lane) {
+  return {tile, row + lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8};
+}
+template <class L>
+CUTE_DEVICE PieceAddresses<L, typename L::Keys> v_addresses(const typename L::Element* tile,
+                                                            int row, int lane) {
+  return {tile, row + lane % 16, lane / 16 * 8};
+}
+
+// What a warp multiplies: sixteen rows of Q by kKeys keys of every chunk, from this row and this
+// key on. Q stays in registers, or is loaded piece by piece.
+template <class L, int kRows, int kKeys, bool kSharedQ>
+struct WarpProducts {
+  using Element = typename L::Element;
+  using Atom = typename L::Atom;
+  static constexpr int kSteps = L::kHeadDim / 16;
+  using QLayout = typename L::template Rows<kRows>;
+
+  PieceAddresses<L, QLayout> at_q;
+  PieceAddresses<L, typename L::Keys> at_k, at_v;  // in the first tile of the ring
+  uint32_t q[kSharedQ ? 1 : kSteps][4];
+
+  CUTE_DEVICE WarpProducts(const Element* q_tile, const Element* ring, int row, int key, int lane)
+      : at_q(q_addresses<L, QLayout>(q_tile, row, lane)),
+        at_k(k_addresses<L>(ring, key, lane)),
+        at_v(v_addresses<L>(ring, key, lane)) {}
+
+  CUTE_DEVICE void load_q() {
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) load_matrices(at_q(0, step * 16), q[step]);
+  }
+
+  // scores = Q K^T, of the K at a place of the ring.
+  CUTE_DEVICE void scores(uint32_t place, Accumulators<kKeys / 8>& scores) {
+    const auto at = at_k.behind(place * L::kTileBytes);
+    CUTE_UNROLL
+    for (int n = 0; n < kKeys / 8; ++n) {
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+    }
+    CUTE_UNROLL
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kSharedQ) load_matrices(at_q(0, step * 16), q[0]);
+      CUTE_UNROLL
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t keys[4];
+        load_matrices(at(n * 16, step * 16), keys);
+        multiply<Atom>(q[kSharedQ ? 0 : step], keys, scores[2 * n], scores[2 * n + 1]);
+      }
+    }
+  }
+
+  // out += P V, of the V at a place of the ring.
+  CUTE_DEVICE void sum_values(uint32_t place, const uint32_t (&weights)[kKeys / 16][4],
+                              Accumulators<L::kHeadDim / 8>& out) const {
+    const auto at = at_v.behind(place * L::kTileBytes);
+    CUTE_UNROLL
+    for (int step = 0; step < kKeys / 16; ++step) {
+      CUTE_UNROLL
+      for (int n = 0; n < kSteps; ++n) {
+        uint32_t values[4];
+        load_transposed(at(step * 16, n * 16), values);
+        multiply<Atom>(weights[step], values, out[2 * n], out[2 * n + 1]);
+      }
+    }
+  }
 };
 
 __device__ inline float exp2_fast(float x) {
@@ -44,23 +180,25 @@ __device__ inline float exp2_fast(float x) {
 
 // tanh with an absolute error of 2e-7, from the same exponential.
 __device__ inline float tanh_fast(float x) {
-  return 1.0f - 2.0f / (exp2_fast(2.0f * kLog2e * x) + 1.0f);
+  return 1.0f - __fdividef(2.0f, exp2_fast(2.0f * kLog2e * x) + 1.0f);
 }
 
 // Two numbers rounded to a type, as bits, the first one low.
 template <class Element>
 __device__ inline uint32_t pack_pair(float low, float high) {
-  const cutlass::Array<Element, 2> pair =
-      cutlass::NumericArrayConverter<Element, float, 2>::convert({low, high});
-  return reinterpret_cast<const uint32_t&>(pair);
+  uint32_t pair;
+  if constexpr (is_same_v<Element, cutlass::half_t>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
 }
 
 // 16 bytes to shared memory, or zeros.
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
-  asm volatile(
-      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(cast_smem_ptr_to_uint(to)),
-      "l"(from), "r"(valid ? 16 : 0)
-      : "memory");
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
 
 template <class Element>
@@ -78,48 +216,54 @@ struct RowState {
 
 // Turns scores into weights and rescales what was summed up to now. Logits in base 2 are
 // scores * scale if kRaw (scale > 0), and the scores themselves if not.
-template <bool kRaw, class Scores, class Out>
-CUTE_DEVICE void softmax_step(RowState& state, Scores& scores, Out& out, float scale) {
+template <bool kRaw, int kTiles, int kOutTiles>
+CUTE_DEVICE void softmax_step(RowState& state, Accumulators<kTiles>& scores,
+                              Accumulators<kOutTiles>& out, float scale) {
+  float rescale[2];
   CUTE_UNROLL
   for (int half = 0; half < 2; ++half) {
-    float top = -INFINITY;
+    float top = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
     CUTE_UNROLL
-    for (int n = 0; n < size<2>(scores); ++n)
-      top = fmaxf(top, fmaxf(scores(2 * half, 0, n), scores(2 * half + 1, 0, n)));
+    for (int n = 1; n < kTiles; ++n)
+      top = fmaxf(top, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
     top = fmaxf(state.top[half], kRaw ? top * scale : top);
     const float base = top == -INFINITY ? 0.0f : top;  // -inf minus -inf would be NaN
-    const float rescale = exp2_fast(state.top[half] - base);
+    rescale[half] = exp2_fast(state.top[half] - base);
     float sum = 0.0f;
     CUTE_UNROLL
-    for (int n = 0; n < size<2>(scores); ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       CUTE_UNROLL
       for (int side = 0; side < 2; ++side) {
-        float& score = scores(2 * half + side, 0, n);
+        float& score = scores[n][2 * half + side];
         score = exp2_fast(kRaw ? fmaf(score, scale, -base) : score - base);
         sum += score;
       }
     }
-    state.sum[half] = state.sum[half] * rescale + sum;
+    state.sum[half] = fmaf(state.sum[half], rescale[half], sum);
     state.top[half] = top;
-    if (fault(6)) continue;
+  }
+  // Maxima grow seldom after the first chunks.
+  const bool grown = rescale[0] != 1.0f || rescale[1] != 1.0f;
+  if (!__any_sync(0xffffffffu, grown) || fault(6)) return;
+  CUTE_UNROLL
+  for (int n = 0; n < kOutTiles; ++n) {
     CUTE_UNROLL
-    for (int n = 0; n < size<2>(out); ++n) {
-      out(2 * half, 0, n) *= rescale;
-      out(2 * half + 1, 0, n) *= rescale;
-    }
+    for (int i = 0; i < 4; ++i) out[n][i] *= rescale[i / 2];
   }
 }
 
-// Weights as the A operand of the product with V.
-template <class Element, class Scores, class Weights>
-CUTE_DEVICE void round_weights(const Scores& scores, Weights& weights) {
-  Tensor words = recast<uint32_t>(weights);
+// Weights of 16 keys as the A operand of the product with V.
+template <class Element, int kTiles>
+CUTE_DEVICE void round_weights(const Accumulators<kTiles>& scores,
+                               uint32_t (&weights)[kTiles / 2][4]) {
   CUTE_UNROLL
-  for (int n = 0; n < size<2>(scores); ++n) {
-    words(2 * n) = pack_pair<Element>(scores(0, 0, n), scores(1, 0, n));
-    words(2 * n + 1) = pack_pair<Element>(scores(2, 0, n), scores(3, 0, n));
+  for (int n = 0; n < kTiles; ++n) {
+    CUTE_UNROLL
+    for (int half = 0; half < 2; ++half)
+      weights[n / 2][n % 2 * 2 + half] =
+          pack_pair<Element>(scores[n][2 * half], scores[n][2 * half + 1]);
   }
 }
 

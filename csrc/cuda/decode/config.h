@@ -53,6 +53,7 @@ inline int64_t plan_decode(DecodeParams& p, int multiprocessors) {
   // No CTA may be without work only because lists happen to be short: the grid is the device's.
   p.ctas = multiprocessors * kDecodeCtasPerSm;
   p.by_block_n = FastDivisor(call.index.block_n);
+  plan_runs(p);
   const int64_t pieces = int64_t{2} * p.ctas * p.tile_rows;
   return (p.tiles + 2) * int64_t{sizeof(int64_t)} + pieces * int64_t{sizeof(float)} +
          pieces * call.head_dim_v * int64_t{sizeof(float)} + 16;
@@ -82,9 +83,12 @@ struct DecodeConfig {
   static constexpr int kWarpKeys = 64 / kWarpsN;  // of a chunk
   // Tiles of K and V in turn fill a ring of this many. At head_dim 256 two fit the 99 KiB of sm_86.
   static constexpr int kRing = kHeadDim <= 128 ? 4 : 2;
-  static constexpr int kLookups = kRing;  // chunks whose lookups are kept: kRing / 2 + 1 at least
+  static constexpr int kAhead = kRing / 2;  // chunks by which the copy of K leads
+  static constexpr int kLookups = kRing;    // chunks whose lookups are kept: kAhead + 1 at least
+  static constexpr int kGroup = kHeadDim <= 128 ? 32 : 4;  // chunks planned at a time
   // Q stays in registers where they suffice.
   static constexpr bool kSharedQ = kHeadDim > 128;
+  static constexpr int kMinBlocks = kHeadDim <= 128 ? 2 : 1;
   static_assert(kTileRows == 16 || kTileRows == 64);
 };
 

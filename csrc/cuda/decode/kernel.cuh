@@ -6,9 +6,10 @@
 // keys of every chunk and keeps a softmax of its own; with 64 each takes 16 rows. The warps'
 // results meet in shared memory when a CTA leaves a tile.
 //
-// Memory: chunks arrive by cp.async in a ring of K and V tiles in turn, one barrier a tile. The
-// keys of a chunk are looked up (lists, pages, biases, masks) before its copy is issued, by 64
-// threads. Q stays in registers. Keys that no row may see, and whatever lies out of bounds, are
+// Memory: chunks arrive by cp.async in a ring of K and V tiles in turn, one barrier a tile. Runs
+// (runs.cuh) have a main loop without lookups. The keys of other chunks are looked up (lists,
+// pages, biases, masks) before their copy is issued, by 64 threads. Q stays in registers, or in
+// shared memory at head_dim 256. Keys that no row may see, and whatever lies out of bounds, are
 // zero-filled.
 //
 // Numerics: mma.sync with f32 accumulators, softmax in base 2 and f32, P rounded to the input's
@@ -18,19 +19,18 @@
 // shares; Rabe & Staats (arXiv 2112.05682) for merging.
 #pragma once
 
-#include "../common/tiles.cuh"
+#include "../common/runs.cuh"
 #include "schedule.cuh"
 
 namespace sparse_attn::cuda {
 
 // Where the keys of a chunk lie and who sees them.
 struct Lookup {
-  int32_t batch[kChunkKeys];  // index into k's and v's first axis: the batch, or the page
-  int32_t row[kChunkKeys];
-  int32_t key[kChunkKeys];    // position in the sequence, -1: hidden from all rows
-  float bias[kChunkKeys];     // base 2
-  uint32_t bits[kChunkKeys];  // bit i: row i of the list's tile sees the key
-  uint32_t plain[2];          // bit i: all rows see key i (or 32 + i), without bias
+  KeyPlace place[kChunkKeys];  // row -1: hidden from all rows
+  int32_t key[kChunkKeys];     // position in the sequence, -1: hidden from all rows
+  float bias[kChunkKeys];      // base 2
+  uint32_t bits[kChunkKeys];   // bit i: row i of the list's tile sees the key
+  uint32_t plain[2];           // bit i: all rows see key i (or 32 + i), without bias
 };
 
 // The CTA's part of a tile: its rows and its keys.
@@ -55,6 +55,7 @@ struct DecodeShared {
     float out[kDecodeWarps][16][C::kHeadDim + 8];
   };
   Lookup lookup[C::kLookups];
+  RunPlan<C::kGroup> plan;
   DecodePart part;
 };
 
@@ -64,8 +65,33 @@ struct DecodeWork {
   using Element = typename C::Element;
   using L = TileLayouts<typename C::Element, C::kHeadDim>;
 
+  using Copy = TileCopy<L, kDecodeThreads>;
+
   const DecodeParams& p;
   DecodeShared<C>& shared;
+  uint32_t copies_to;  // this thread's place in the first tile of the ring
+  const char* k_run;   // what it copies of a run
+  const char* v_run;
+
+  __device__ DecodeWork(const DecodeParams& params, DecodeShared<C>& memory)
+      : p(params),
+        shared(memory),
+        copies_to(cast_smem_ptr_to_uint(shared.ring[0] + Copy::offset())),
+        k_run(Copy::run_base(p, shared.part.sequence, p.call.k, kv_head(), p.k_row_bytes)),
+        v_run(Copy::run_base(p, shared.part.sequence, p.call.v, kv_head(), p.v_row_bytes)) {}
+
+  __device__ int64_t kv_head() const {
+    const int64_t group = p.call.num_heads / p.call.num_heads_kv;
+    const int64_t head = shared.part.tile.first_head;
+    return fault(30) ? head % p.call.num_heads_kv : head / group;
+  }
+  __device__ int64_t table_row() const { return fault(24) ? 0 : shared.part.tile.sequence; }
+
+  __device__ void plan_group(int32_t group) const {
+    const DecodePart& part = shared.part;
+    cuda::plan_group(p, p.by_block_n, part.sequence, table_row(), part.keys, part.first_slot,
+                     part.chunks, group, shared.plan);
+  }
 
   // Looks a chunk's keys up; the first 64 threads.
   __device__ void look_up(int32_t chunk) const {
@@ -79,8 +105,8 @@ struct DecodeWork {
     if (chunk < part.chunks)
       entry = load_slot(index, p.by_block_n, keys, part.first_slot + chunk * kChunkKeys + i);
     int32_t key = entry.key;
-    KeyPlace place{0, 0};
-    if (key >= 0) place = locate(p, part.sequence, fault(24) ? 0 : part.tile.sequence, key);
+    KeyPlace place{0, -1};
+    if (key >= 0) place = locate(p, part.sequence, table_row(), key);
     if (place.row < 0) key = -1;
     uint32_t bits = ~0u;
     if (entry.mask >= 0) {
@@ -92,40 +118,25 @@ struct DecodeWork {
     const bool plain = key >= 0 && key < keys.min_hi && entry.bias == 0.0f && bits == ~0u &&
                        (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
     to.key[i] = key;
-    to.batch[i] = place.batch;
-    to.row[i] = place.row;
+    to.place[i] = place;
     to.bias[i] = entry.bias * kLog2e;
     to.bits[i] = bits;
     const uint32_t all = __ballot_sync(0xffffffffu, plain);
     if (i % 32 == 0) to.plain[i / 32] = all;
   }
 
-  // Begins the copy of a ring tile: tile 2c holds K of chunk c, tile 2c + 1 its V. Commits always,
-  // so that waiting counts tiles.
-  __device__ void copy_tile(int32_t number) const {
-    const int32_t chunk = number / 2;
-    if (chunk < shared.part.chunks) {
-      const AttentionParams& call = p.call;
-      const bool is_v = number % 2 != 0;
-      const TensorView& view = is_v ? call.v : call.k;
-      const int32_t dim = is_v ? call.head_dim_v : call.head_dim;
-      const int64_t group = call.num_heads / call.num_heads_kv;
-      const int64_t head = shared.part.tile.first_head;
-      const Element* base =
-          row_of<Element>(view, 0, fault(30) ? head % call.num_heads_kv : head / group, 0);
-      const Lookup& from = shared.lookup[chunk % C::kLookups];
-      Tensor to = make_tensor(make_smem_ptr(shared.ring[number % C::kRing]), typename L::Keys{});
-      constexpr int kVectors = C::kHeadDim / 8;
-#pragma unroll 4  // all at once the addresses would cost too many registers
-      for (int i = 0; i < kChunkKeys * kVectors / kDecodeThreads; ++i) {
-        const int vector = threadIdx.x + i * kDecodeThreads;
-        const int row = vector / kVectors, column = vector % kVectors * 8;
-        const bool valid = from.key[row] >= 0 && column < dim;
-        const int64_t offset =
-            from.batch[row] * view.batch_stride + from.row[row] * view.row_stride + column;
-        copy_async(&to(row, column), valid ? base + offset : base, valid);
-      }
-    }
+  // Begins the copy of a chunk's K (kPart 0) or V (1) to the ring. Commits always, so that waiting
+  // counts tiles. With kRuns the chunk is known to be a run, or not to be there.
+  template <int kPart, bool kRuns>
+  CUTE_DEVICE void copy_tile(int32_t chunk) const {
+    const uint32_t to = copies_to + place<C::kRing>(chunk, kPart) * L::kTileBytes;
+    const int dim = kPart == 0 ? p.call.head_dim : p.call.head_dim_v;
+    if (kRuns || shared.plan.is_run(chunk))
+      Copy::copy_run(to, shared.plan.rows(chunk), kPart == 0 ? k_run : v_run,
+                     kPart == 0 ? p.k_row_bytes : p.v_row_bytes, dim);
+    else if (chunk < shared.part.chunks)
+      Copy::copy_places(to, shared.lookup[chunk % C::kLookups].place,
+                        kPart == 0 ? p.call.k : p.call.v, kv_head(), dim);
     cp_async_fence();
   }
 
@@ -143,23 +154,22 @@ struct DecodeWork {
                            sequence.q_start + packed_row(r));
   }
 
-  // The A fragments of Q, straight from global memory; zeros past the rows and the head_dim.
-  template <class Fragment>
-  __device__ void load_q(Fragment& rQ, int warp_row, int lane) const {
-    Tensor words = recast<uint32_t>(rQ);  // ((row half, column half), 1, k step)
+  // The A operands of Q, straight from global memory; zeros past the rows and the head_dim.
+  template <int kSteps>
+  __device__ void load_q(uint32_t (&q)[kSteps][4], int warp_row, int lane) const {
     CUTE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int r = warp_row + half * 8 + lane / 4;
       const bool valid = r < shared.part.tile.rows;
       const Element* row = valid ? q_row(r) : nullptr;
       CUTE_UNROLL
-      for (int step = 0; step < C::kHeadDim / 16; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         CUTE_UNROLL
         for (int side = 0; side < 2; ++side) {
           const int column = step * 16 + side * 8 + lane % 4 * 2;
-          words(half + 2 * side + 4 * step) = valid && column < p.call.head_dim
-                                                  ? *reinterpret_cast<const uint32_t*>(row + column)
-                                                  : 0u;
+          q[step][half + 2 * side] = valid && column < p.call.head_dim
+                                         ? *reinterpret_cast<const uint32_t*>(row + column)
+                                         : 0u;
         }
       }
     }
@@ -167,13 +177,14 @@ struct DecodeWork {
 
   // The same to shared memory, as part of the next group of copies.
   __device__ void copy_q() const {
-    Tensor to = make_tensor(make_smem_ptr(shared.q), typename L::template Rows<C::kTileRows>{});
+    const typename L::template Rows<C::kTileRows> layout;
     constexpr int kVectors = C::kHeadDim / 8;
     for (int i = threadIdx.x; i < C::kTileRows * kVectors; i += kDecodeThreads) {
       const int r = i / kVectors, column = i % kVectors * 8;
       const bool valid = r < shared.part.tile.rows && column < p.call.head_dim;
       const Element* base = reinterpret_cast<const Element*>(p.call.q.data);
-      copy_async(&to(r, column), valid ? q_row(r) + column : base, valid);
+      copy_async(cast_smem_ptr_to_uint(shared.q + layout(r, column)),
+                 valid ? q_row(r) + column : base, valid);
     }
   }
 };
@@ -202,30 +213,26 @@ __device__ inline PairSight pair_sight(const DecodeWork<C>& work, int warp_row, 
   return sight;
 }
 
-// Logits in base 2 from the products of 16 rows and the warp's keys; accumulators are the columns
-// 8 n + 2 (lane % 4) + {0, 1} of rows lane / 4 and lane / 4 + 8.
-template <class C, class Scores>
+// Whether all rows see all of the warp's keys of a chunk, without bias.
+template <class C>
+__device__ inline bool is_plain(const Lookup& lookup, int warp_key) {
+  if constexpr (C::kWarpKeys == 64) {
+    return (lookup.plain[0] & lookup.plain[1]) == ~0u;
+  } else {
+    constexpr uint32_t kAll = (1u << C::kWarpKeys) - 1;
+    return (lookup.plain[warp_key / 32] >> (warp_key % 32) & kAll) == kAll;
+  }
+}
+
+// Logits in base 2 from the products of 16 rows and the warp's keys.
+template <class C>
 __device__ inline void scale_and_mask(const DecodeWork<C>& work, const Lookup& lookup,
                                       const PairSight& sight, int warp_key, int lane,
-                                      Scores& scores) {
+                                      Accumulators<C::kWarpKeys / 8>& scores) {
   const AttentionParams& call = work.p.call;
-  if (call.softcap == 0.0f) {
-    const float scale = call.softmax_scale * kLog2e;
-    CUTE_UNROLL
-    for (int i = 0; i < size(scores); ++i) scores(i) *= scale;
-  } else {
-    const float scale = call.softmax_scale / call.softcap, cap = call.softcap * kLog2e;
-    CUTE_UNROLL
-    for (int i = 0; i < size(scores); ++i) scores(i) = cap * tanh_fast(scores(i) * scale);
-  }
-  constexpr uint32_t kAll = C::kWarpKeys == 64 ? ~0u : (1u << (C::kWarpKeys % 32)) - 1;
-  bool plain;
-  if constexpr (C::kWarpKeys == 64) {
-    plain = (lookup.plain[0] & lookup.plain[1]) == ~0u;
-  } else {
-    plain = ((lookup.plain[warp_key / 32] >> (warp_key % 32)) & kAll) == kAll;
-  }
-  if (plain) return;
+  const float scale = call.softmax_scale * kLog2e;
+  const float inner = call.softcap == 0.0f ? 0.0f : call.softmax_scale / call.softcap;
+  const float cap = call.softcap * kLog2e;
   const int32_t lead = work.shared.part.keys.lead;
   CUTE_UNROLL
   for (int n = 0; n < C::kWarpKeys / 8; ++n) {
@@ -241,99 +248,18 @@ __device__ inline void scale_and_mask(const DecodeWork<C>& work, const Lookup& l
         const bool seen = key >= 0 && key < w.outer_hi + (fault(29) ? 1 : 0) &&
                           (key < lead || (key >= w.lo && key < w.hi)) &&
                           ((bits & sight.bit[half]) != 0 || fault(28));
-        float& score = scores(side + 2 * half, 0, n);
-        score = seen ? score + bias : -INFINITY;
+        float& score = scores[n][side + 2 * half];
+        const float logit = call.softcap == 0.0f ? score * scale : cap * tanh_fast(score * inner);
+        score = seen ? logit + bias : -INFINITY;
       }
     }
   }
 }
 
-// Runs through the CTA's part of a tile; leaves each warp's unnormalised rows, their maxima and
-// sums in shared memory.
+// Leaves a warp's unnormalised rows, their maxima and sums in shared memory.
 template <class C>
-__device__ inline void attend(const DecodeWork<C>& work) {
-  using Element = typename C::Element;
-  using L = TileLayouts<typename C::Element, C::kHeadDim>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp % C::kWarpsM * 16, warp_n = warp / C::kWarpsM;
-  DecodeShared<C>& shared = work.shared;
-
-  typename L::Mma mma;
-  auto slice = mma.get_slice(lane);
-  const auto plain_k = make_layout(Shape<Int<C::kWarpKeys>, Int<C::kHeadDim>>{});
-  const auto plain_v = make_layout(Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{});
-  Element* const none = nullptr;
-  Tensor rQ = slice.partition_fragment_A(
-      make_tensor(make_smem_ptr(none), make_layout(Shape<_16, Int<C::kHeadDim>>{})));
-  Tensor rP = slice.partition_fragment_A(
-      make_tensor(make_smem_ptr(none), make_layout(Shape<_16, Int<C::kWarpKeys>>{})));
-  Tensor rK = slice.partition_fragment_B(make_tensor(make_smem_ptr(none), plain_k));
-  Tensor rV = slice.partition_fragment_B(make_tensor(make_smem_ptr(none), plain_v));
-  Tensor scores = partition_fragment_C(mma, Shape<_16, Int<C::kWarpKeys>>{});
-  Tensor out = partition_fragment_C(mma, Shape<_16, Int<C::kHeadDim>>{});
-  auto copy_k = make_tiled_copy_B(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma).get_slice(lane);
-  auto copy_v = make_tiled_copy_B(Copy_Atom<SM75_U16x8_LDSM_T, Element>{}, mma).get_slice(lane);
-  Tensor rK_copy = copy_k.retile_D(rK);
-  Tensor rV_copy = copy_v.retile_D(rV);
-
-  auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, mma).get_slice(lane);
-  Tensor rQ_copy = copy_q.retile_D(rQ);
-  Tensor sQ_copy = copy_q.partition_S(
-      local_tile(make_tensor(make_smem_ptr(shared.q), typename L::template Rows<C::kTileRows>{}),
-                 Shape<_16, Int<C::kHeadDim>>{}, make_coord(warp % C::kWarpsM, 0)));
-
-  RowState state;
-  clear(out);
-  const int32_t chunks = shared.part.chunks;
-  for (int c = 0; c < C::kRing / 2; ++c) work.look_up(c);
-  __syncthreads();
-  if constexpr (C::kSharedQ)
-    work.copy_q();
-  else
-    work.load_q(rQ, warp_row, lane);
-  for (int t = 0; t < C::kRing - 1; ++t) work.copy_tile(t);
-  const PairSight sight = pair_sight(work, warp_row, lane);
-
-  // Tile t has landed and nobody reads tile t - 1 any more: its place takes the next copy.
-  const auto next_tile = [&](int32_t t) {
-    if (!fault(21)) cp_async_wait<C::kRing - 2>();
-    if (!fault(22)) __syncthreads();
-    work.copy_tile(t + C::kRing - 1);
-  };
-  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-    next_tile(2 * chunk);
-    work.look_up(chunk + C::kRing / 2);
-    Tensor sK = local_tile(
-        make_tensor(make_smem_ptr(shared.ring[2 * chunk % C::kRing]), typename L::Keys{}),
-        Shape<Int<C::kWarpKeys>, Int<C::kHeadDim>>{}, make_coord(warp_n, 0));
-    Tensor sK_copy = copy_k.partition_S(sK);
-    clear(scores);
-    CUTE_UNROLL
-    for (int step = 0; step < size<2>(rQ); ++step) {
-      if constexpr (C::kSharedQ)
-        copy(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, sQ_copy(_, _, step), rQ_copy(_, _, step));
-      copy(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, sK_copy(_, _, step), rK_copy(_, _, step));
-      gemm(mma, rQ(_, _, step), rK(_, _, step), scores);
-    }
-    scale_and_mask(work, shared.lookup[chunk % C::kLookups], sight, warp_n * C::kWarpKeys, lane,
-                   scores);
-    softmax_step<false>(state, scores, out, 1.0f);
-    round_weights<Element>(scores, rP);
-
-    next_tile(2 * chunk + 1);
-    Tensor sV = local_tile(make_tensor(make_smem_ptr(shared.ring[(2 * chunk + 1) % C::kRing]),
-                                       typename L::Transposed{}),
-                           Shape<Int<C::kHeadDim>, Int<C::kWarpKeys>>{}, make_coord(0, warp_n));
-    Tensor sV_copy = copy_v.partition_S(sV);
-    CUTE_UNROLL
-    for (int step = 0; step < size<2>(rP); ++step) {
-      copy(Copy_Atom<SM75_U16x8_LDSM_T, Element>{}, sV_copy(_, _, step), rV_copy(_, _, step));
-      gemm(mma, rP(_, _, step), rV(_, _, step), out);
-    }
-  }
-
-  cp_async_wait<0>();
-  __syncthreads();  // the ring's memory becomes `out`
+__device__ inline void store_rows(DecodeShared<C>& shared, const RowState& state,
+                                  const Accumulators<C::kHeadDim / 8>& out, int warp, int lane) {
   CUTE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int r = half * 8 + lane / 4;
@@ -345,10 +271,84 @@ __device__ inline void attend(const DecodeWork<C>& work) {
       shared.out[warp][r][C::kHeadDim + 1] = sum;
     }
     CUTE_UNROLL
-    for (int n = 0; n < size<2>(out); ++n)
+    for (int n = 0; n < C::kHeadDim / 8; ++n)
       *reinterpret_cast<float2*>(&shared.out[warp][r][n * 8 + lane % 4 * 2]) =
-          make_float2(out(2 * half, 0, n), out(2 * half + 1, 0, n));
+          make_float2(out[n][2 * half], out[n][2 * half + 1]);
   }
+}
+
+// Runs through the CTA's part of a tile; leaves its warps' rows in shared memory.
+template <class C>
+__device__ inline void attend(const DecodeWork<C>& work) {
+  using Element = typename C::Element;
+  constexpr int kAhead = C::kAhead;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_row = warp % C::kWarpsM * 16, warp_key = warp / C::kWarpsM * C::kWarpKeys;
+  DecodeShared<C>& shared = work.shared;
+  const int32_t chunks = shared.part.chunks;
+  WarpProducts<typename DecodeWork<C>::L, C::kTileRows, C::kWarpKeys, C::kSharedQ> products(
+      shared.q, shared.ring[0], warp_row, warp_key, lane);
+  RowState state;
+  float out[C::kHeadDim / 8][4] = {};
+
+  work.plan_group(0);
+  work.plan_group(1);
+  for (int c = 0; c < kAhead; ++c) work.look_up(c);
+  __syncthreads();  // plan, lookups
+  if constexpr (C::kSharedQ)
+    work.copy_q();
+  else
+    work.load_q(products.q, warp_row, lane);
+  CUTE_UNROLL
+  for (int c = 0; c < kAhead; ++c) {
+    work.template copy_tile<0, false>(c);
+    if (c < kAhead - 1) work.template copy_tile<1, false>(c);
+  }
+
+  // The oldest tile on its way has landed and nobody reads the one before it any more.
+  const auto next_tile = [] {
+    if (!fault(21)) cp_async_wait<C::kRing - 2>();
+    if (!fault(22)) __syncthreads();
+  };
+  const float scale = work.p.call.softmax_scale * kLog2e;
+  const bool raw = work.p.call.softcap == 0.0f && scale > 0.0f;
+  // In the loop of runs all chunks up to `chunk + kAhead` are runs.
+  const auto step_over = [&](int32_t chunk, auto runs) __attribute__((always_inline)) {
+    constexpr bool kRuns = decltype(runs)::value;
+    next_tile();
+    work.template copy_tile<1, kRuns>(chunk + kAhead - 1);
+    if (!kRuns && !shared.plan.is_run(chunk + kAhead)) work.look_up(chunk + kAhead);
+    float scores[C::kWarpKeys / 8][4];
+    products.scores(place<C::kRing>(chunk, 0), scores);
+    const Lookup& lookup = shared.lookup[chunk % C::kLookups];
+    if (kRuns || shared.plan.is_run(chunk) || (raw && is_plain<C>(lookup, warp_key))) {
+      softmax_step<true>(state, scores, out, scale);
+    } else {
+      scale_and_mask(work, lookup, pair_sight(work, warp_row, lane), warp_key, lane, scores);
+      softmax_step<false>(state, scores, out, 1.0f);
+    }
+    uint32_t weights[C::kWarpKeys / 16][4];
+    round_weights<Element>(scores, weights);
+    next_tile();
+    work.template copy_tile<0, kRuns>(chunk + kAhead);
+    products.sum_values(place<C::kRing>(chunk, 1), weights, out);
+  };
+  for (int32_t chunk = 0; chunk < chunks;) {
+    if (chunk > 0 && chunk % C::kGroup == 0) {
+      work.plan_group(chunk / C::kGroup + 1);
+      if (!fault(36)) __syncthreads();  // plan
+    }
+    const int32_t runs = count_runs(shared.plan, chunk, chunks, kAhead);
+    for (const int32_t end = chunk + runs; chunk < end; ++chunk) step_over(chunk, true_type{});
+    if (chunk == chunks || (runs > 0 && chunk % C::kGroup == 0)) continue;
+    do {
+      step_over(chunk++, false_type{});
+    } while (chunk < chunks && chunk % C::kGroup != 0 &&
+             count_runs(shared.plan, chunk, chunks, kAhead) <= 0);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the ring's memory becomes `out`
+  store_rows(shared, state, out, warp, lane);
   __syncthreads();
 }
 
@@ -419,14 +419,14 @@ __device__ inline int64_t tile_of_chunk(const DecodeParams& p, int64_t chunk) {
 }
 
 template <class C>
-__global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(kDecodeThreads, C::kMinBlocks)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) char shared_bytes[];
   auto& shared = *reinterpret_cast<DecodeShared<C>*>(shared_bytes);
   const int64_t share = p.first_chunk[p.tiles + 1];
   int64_t chunk = blockIdx.x * share;
   const int64_t end = min(chunk + share, p.first_chunk[p.tiles]);
   if (chunk >= end) return;
-  const DecodeWork<C> work{p, shared};
   for (int64_t id = tile_of_chunk(p, chunk); chunk < end; ++id) {
     const int64_t tile_begin = p.first_chunk[id], tile_end = p.first_chunk[id + 1];
     if (tile_end <= chunk) continue;  // a tile without rows
@@ -440,6 +440,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_kernel(const DecodePara
       part.chunks = static_cast<int32_t>(min(end, tile_end) - chunk);
     }
     __syncthreads();
+    const DecodeWork<C> work(p, shared);
     attend(work);
     // A CTA leaves at most two pieces: one of a tile begun before it, one that goes on after it.
     const bool begins = chunk == tile_begin, ends = end >= tile_end;

@@ -52,6 +52,7 @@ inline void plan_prefill(PrefillParams& p) {
                                     RowCut(p.other_rows, p.heads_per_unit).tiles(rows)));
   p.tiles = call.num_sequences * (call.num_heads / p.heads_per_unit) * p.tiles_per_unit;
   p.by_block_n = FastDivisor(call.index.block_n);
+  plan_runs(p);
 }
 
 // Head dims of the instantiations; others run in the next larger one, padded with zeros.
@@ -61,7 +62,9 @@ struct PrefillConfig {
   static constexpr int kHeadDim = kHeadDim_;
   // Tiles of K and V in turn fill a ring of this many. At head_dim 256 two fit the 99 KiB of sm_86.
   static constexpr int kRing = kHeadDim <= 128 ? 4 : 2;
-  static constexpr int kLookups = kRing;  // chunks whose lookups are kept: kRing / 2 + 1 at least
+  static constexpr int kAhead = kRing / 2;  // chunks by which the copy of K leads
+  static constexpr int kLookups = kRing;    // chunks whose lookups are kept: kAhead + 1 at least
+  static constexpr int kGroup = kHeadDim <= 128 ? 32 : 4;  // chunks planned at a time
   // Q stays in registers where they suffice.
   static constexpr bool kSharedQ = kHeadDim > 128;
   static constexpr int kMinBlocks = kHeadDim <= 128 ? 2 : 1;

@@ -11,9 +11,10 @@
 // entries loaded one chunk earlier still. Q stays in registers, or in shared memory at head_dim
 // 256. Keys that no row may see, and whatever lies out of bounds, are zero-filled.
 //
-// Masks: a chunk is plain if every row sees all of its keys, without a bias; plain chunks run in a
-// loop of their own, which knows of no mask. So do not those of a call with softcap or a scale that
-// is not positive.
+// Masks: a chunk is plain if every row sees all of its keys, without a bias, and the call has no
+// softcap and a positive scale. Runs (runs.cuh) are plain chunks that need no lookup: they have a
+// main loop of their own, of products, exponentials and little else. All others take the loop of
+// lookups.
 //
 // Numerics: mma.sync with f32 accumulators, softmax in base 2 and f32, P rounded to the input's
 // type.
@@ -21,7 +22,7 @@
 // Source: FlashAttention-2 (arXiv 2307.08691).
 #pragma once
 
-#include "../common/tiles.cuh"
+#include "../common/runs.cuh"
 #include "config.h"
 
 namespace sparse_attn::cuda {
@@ -81,6 +82,7 @@ struct PrefillShared {
       typename C::Element ring[C::kRing][L::kKeysElements];  // one holds the result at last
   typename C::Element q[C::kSharedQ ? kPrefillRows * C::kHeadDim : 8];
   ChunkLookup lookup[C::kLookups];
+  RunPlan<C::kGroup> plan;
   PrefillTile tile;
 };
 
@@ -94,12 +96,34 @@ template <class C>
 struct PrefillWork {
   using Element = typename C::Element;
   using L = TileLayouts<Element, C::kHeadDim>;
-  // Neighbouring threads copy neighbouring 16 bytes of a row.
-  static constexpr int kRowThreads = L::kColumns / 8;
-  static constexpr int kRowStep = kPrefillThreads / kRowThreads;
+  using Copy = TileCopy<L, kPrefillThreads>;
 
   const PrefillParams& p;
   PrefillShared<C>& shared;
+  int32_t chunks;
+  uint32_t copies_to;  // this thread's place in the first tile of the ring
+  const char* k_run;   // what it copies of a run
+  const char* v_run;
+
+  __device__ PrefillWork(const PrefillParams& params, PrefillShared<C>& memory)
+      : p(params),
+        shared(memory),
+        chunks(static_cast<int32_t>(ceil_div(shared.tile.keys.slots, kChunkKeys)) -
+               (fault(12) ? 1 : 0)),
+        copies_to(cast_smem_ptr_to_uint(shared.ring[0] + Copy::offset())),
+        k_run(Copy::run_base(p, shared.tile.sequence, p.call.k, kv_head(), p.k_row_bytes)),
+        v_run(Copy::run_base(p, shared.tile.sequence, p.call.v, kv_head(), p.v_row_bytes)) {}
+
+  __device__ int64_t kv_head() const {
+    const int64_t group = p.call.num_heads / p.call.num_heads_kv;
+    return fault(4) ? shared.tile.first_head % p.call.num_heads_kv : shared.tile.first_head / group;
+  }
+
+  __device__ void plan_group(int32_t group) const {
+    const PrefillTile& tile = shared.tile;
+    cuda::plan_group(p, p.by_block_n, tile.sequence, tile.number, tile.keys, 0, chunks, group,
+                     shared.plan);
+  }
 
   // The list entry of this thread's slot of a chunk.
   __device__ SlotEntry load_entry(int32_t chunk) const {
@@ -129,44 +153,25 @@ struct PrefillWork {
   }
 
   __device__ bool is_plain(int32_t chunk) const {
+    if (shared.plan.is_run(chunk)) return true;
     const ChunkLookup& lookup = shared.lookup[chunk % C::kLookups];
     return (lookup.plain[0] & lookup.plain[1]) != 0;
   }
 
-  // Begins the copy of a chunk's K or V to a place in the ring. Commits always, so that waiting
-  // counts tiles.
-  __device__ void copy_keys(const TensorView& view, int32_t dim, int32_t chunk, int32_t chunks,
-                            int32_t place) const {
-    if (chunk < chunks) {
-      const int64_t group = p.call.num_heads / p.call.num_heads_kv;
-      const int64_t head =
-          fault(4) ? shared.tile.first_head % p.call.num_heads_kv : shared.tile.first_head / group;
-      const int32_t row = threadIdx.x / kRowThreads, column = threadIdx.x % kRowThreads * 8;
-      const Element* base = row_of<const Element>(view, 0, head, 0) + column;
-      Element* to =
-          &make_tensor(make_smem_ptr(shared.ring[place]), typename L::Keys{})(row, column);
-      const ChunkLookup& lookup = shared.lookup[chunk % C::kLookups];
-      for_each(make_int_sequence<kChunkKeys / kRowStep>{}, [&](auto i) {
-        const KeyPlace from = lookup.place[row + i * kRowStep];
-        const Element* at = base + from.batch * view.batch_stride + from.row * view.row_stride;
-        for_each(make_int_sequence<C::kHeadDim / L::kColumns>{}, [&](auto j) {
-          // Whole atoms of the layout away: the swizzle is the same.
-          constexpr int kOffset = typename L::Keys{}(i * Int<kRowStep>{}, j * Int<L::kColumns>{});
-          const bool valid = from.row >= 0 && column + j * L::kColumns < dim;
-          copy_async(to + kOffset, at + j * L::kColumns, valid);
-        });
-      });
-    }
+  // Begins the copy of a chunk's K (kPart 0) or V (1) to the ring, whose tiles they are in turn.
+  // Commits always, so that waiting counts tiles. With kRuns the chunk is known to be a run, or not
+  // to be there.
+  template <int kPart, bool kRuns>
+  CUTE_DEVICE void copy_tile(int32_t chunk) const {
+    const uint32_t to = copies_to + place<C::kRing>(chunk, kPart) * L::kTileBytes;
+    const int dim = kPart == 0 ? p.call.head_dim : p.call.head_dim_v;
+    if (kRuns || shared.plan.is_run(chunk))
+      Copy::copy_run(to, shared.plan.rows(chunk), kPart == 0 ? k_run : v_run,
+                     kPart == 0 ? p.k_row_bytes : p.v_row_bytes, dim);
+    else if (chunk < chunks)
+      Copy::copy_places(to, shared.lookup[chunk % C::kLookups].place,
+                        kPart == 0 ? p.call.k : p.call.v, kv_head(), dim);
     cp_async_fence();
-  }
-
-  // Tile 2c of the ring holds K of chunk c, tile 2c + 1 its V.
-  __device__ void copy_tile(int32_t number, int32_t chunks) const {
-    const int32_t place = number % C::kRing;
-    if (number % 2 == 0)
-      copy_keys(p.call.k, p.call.head_dim, number / 2, chunks, place);
-    else
-      copy_keys(p.call.v, p.call.head_dim_v, number / 2, chunks, place);
   }
 
   __device__ int32_t head_of(int r) const {
@@ -182,13 +187,13 @@ struct PrefillWork {
 
   // Q to shared memory, as part of the next group of copies.
   __device__ void copy_q(Element* q) const {
-    Tensor to = make_tensor(make_smem_ptr(q), typename L::template Rows<kPrefillRows>{});
+    const typename L::template Rows<kPrefillRows> layout;
     constexpr int kVectors = C::kHeadDim / 8;
     for (int i = threadIdx.x; i < kPrefillRows * kVectors; i += kPrefillThreads) {
       const int r = i / kVectors, column = i % kVectors * 8;
       const bool valid = r < shared.tile.rows && column < p.call.head_dim;
       const void* from = valid ? row_of_tile(p.call.q, r) + column : nullptr;
-      copy_async(&to(r, column), from, valid);
+      copy_async(cast_smem_ptr_to_uint(q + layout(r, column)), from, valid);
     }
   }
 
@@ -208,11 +213,9 @@ struct PrefillWork {
     return sight;
   }
 
-  // Logits in base 2 of 16 rows and 64 keys; scores are the columns 8 n + 2 (lane % 4) + {0, 1} of
-  // rows lane / 4 and lane / 4 + 8.
-  template <class Scores>
+  // Logits in base 2 of 16 rows and 64 keys.
   CUTE_DEVICE void scale_and_mask(const ChunkLookup& lookup, const RowSight& sight, int lane,
-                                  Scores& scores) const {
+                                  Accumulators<kChunkKeys / 8>& scores) const {
     const AttentionParams& call = p.call;
     const float scale = call.softmax_scale * kLog2e;
     const float inner = call.softcap == 0.0f ? 0.0f : call.softmax_scale / call.softcap;
@@ -237,7 +240,7 @@ struct PrefillWork {
           const bool seen = key >= 0 && key < w.outer_hi + (fault(3) ? 1 : 0) &&
                             (key < lead || (key >= w.lo && key < w.hi)) &&
                             (bits >> sight.bit[half] & 1) != 0;
-          float& score = scores(side + 2 * half, 0, n);
+          float& score = scores[n][side + 2 * half];
           const float logit = call.softcap == 0.0f ? score * scale : cap * tanh_fast(score * inner);
           score = seen ? logit + (fault(9) ? 0.0f : bias) : -INFINITY;
         }
@@ -247,15 +250,15 @@ struct PrefillWork {
 };
 
 // Normalises the rows and writes them and their lse; the ring is drained.
-template <class C, class Out>
-CUTE_DEVICE void write_rows(const PrefillWork<C>& work, RowState& state, const Out& out,
-                            int warp_row, int lane) {
+template <class C>
+CUTE_DEVICE void write_rows(const PrefillWork<C>& work, const RowState& state,
+                            const Accumulators<C::kHeadDim / 8>& out, int warp_row, int lane) {
   using Element = typename C::Element;
   using L = TileLayouts<Element, C::kHeadDim>;
   const AttentionParams& call = work.p.call;
   const PrefillTile& tile = work.shared.tile;
-  Tensor staged =
-      make_tensor(make_smem_ptr(work.shared.ring[0]), typename L::template Rows<kPrefillRows>{});
+  Element* const staged = work.shared.ring[0];
+  const typename L::template Rows<kPrefillRows> layout;
   CUTE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int r = warp_row + half * 8 + lane / 4;
@@ -279,9 +282,9 @@ CUTE_DEVICE void write_rows(const PrefillWork<C>& work, RowState& state, const O
           sum == 0.0f ? -INFINITY : (top + log2f(sum)) * (fault(13) ? 1.0f : kLn2);
     }
     CUTE_UNROLL
-    for (int n = 0; n < size<2>(out); ++n)
-      *reinterpret_cast<uint32_t*>(&staged(r, n * 8 + lane % 4 * 2)) =
-          pack_pair<Element>(out(2 * half, 0, n) * factor, out(2 * half + 1, 0, n) * factor);
+    for (int n = 0; n < C::kHeadDim / 8; ++n)
+      *reinterpret_cast<uint32_t*>(staged + layout(r, n * 8 + lane % 4 * 2)) =
+          pack_pair<Element>(out[n][2 * half] * factor, out[n][2 * half + 1] * factor);
   }
   __syncwarp();  // a warp reads only what it wrote
   const int vectors = call.head_dim_v / 8;
@@ -289,120 +292,86 @@ CUTE_DEVICE void write_rows(const PrefillWork<C>& work, RowState& state, const O
     const int r = warp_row + i / vectors, column = i % vectors * 8;
     if (r < tile.rows)
       *reinterpret_cast<uint4*>(work.row_of_tile(call.out, r) + column) =
-          *reinterpret_cast<const uint4*>(&staged(r, column));
+          *reinterpret_cast<const uint4*>(staged + layout(r, column));
   }
 }
 
 template <class C>
 CUTE_DEVICE void attend(const PrefillWork<C>& work) {
   using Element = typename C::Element;
-  using L = TileLayouts<Element, C::kHeadDim>;
+  constexpr int kAhead = C::kAhead;
   PrefillShared<C>& shared = work.shared;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_row = warp * 16;
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16;
   const bool looks_up = threadIdx.x < kChunkKeys;
-
-  typename L::Mma mma;
-  auto slice = mma.get_slice(lane);
-  Element* const none = nullptr;
-  const auto fragment_a = [&](auto columns) {
-    return slice.partition_fragment_A(
-        make_tensor(make_smem_ptr(none), make_layout(make_shape(_16{}, columns))));
-  };
-  const auto fragment_b = [&](auto rows, auto columns) {
-    return slice.partition_fragment_B(
-        make_tensor(make_smem_ptr(none), make_layout(make_shape(rows, columns))));
-  };
-  // K and V pass through registers in pieces of 16 x 16, so do those of Q that has a place in
-  // shared memory.
-  constexpr int kSteps = C::kHeadDim / 16;
-  Tensor rQ = fragment_a(Int<C::kSharedQ ? 16 : C::kHeadDim>{});
-  Tensor rP = fragment_a(Int<kChunkKeys>{});
-  Tensor rK = fragment_b(_16{}, _16{});
-  Tensor rV = fragment_b(_16{}, _16{});
-  Tensor out = partition_fragment_C(mma, Shape<_16, Int<C::kHeadDim>>{});
-  const Copy_Atom<SM75_U32x4_LDSM_N, Element> load;
-  const Copy_Atom<SM75_U16x8_LDSM_T, Element> load_transposed;
-  auto copy_q = make_tiled_copy_A(load, mma).get_slice(lane);
-  auto copy_k = make_tiled_copy_B(load, mma).get_slice(lane);
-  auto copy_v = make_tiled_copy_B(load_transposed, mma).get_slice(lane);
-  Tensor rQ_copy = copy_q.retile_D(rQ);
-  Tensor rK_copy = copy_k.retile_D(rK);
-  Tensor rV_copy = copy_v.retile_D(rV);
+  const int32_t chunks = work.chunks;
   // Without a place of its own Q passes through the ring, whose last tile is filled last.
   Element* const q = C::kSharedQ ? shared.q : shared.ring[C::kRing - 1];
-  Tensor sQ_copy = copy_q.partition_S(
-      local_tile(make_tensor(make_smem_ptr(q), typename L::template Rows<kPrefillRows>{}),
-                 Shape<_16, Int<C::kHeadDim>>{}, make_coord(warp, 0)));
-
+  WarpProducts<typename PrefillWork<C>::L, kPrefillRows, kChunkKeys, C::kSharedQ> products(
+      q, shared.ring[0], warp_row, 0, lane);
   RowState state;
-  clear(out);
-  const int32_t chunks = ceil_div(shared.tile.keys.slots, kChunkKeys) - (fault(12) ? 1 : 0);
-  SlotEntry entry{};
-  if (looks_up) {
-    for (int c = 0; c < C::kRing / 2; ++c) work.look_up(c, work.load_entry(c));
-    entry = work.load_entry(C::kRing / 2);
-  }
+  float out[C::kHeadDim / 8][4] = {};
+
+  work.plan_group(0);
+  work.plan_group(1);
+  if (looks_up)
+    for (int c = 0; c < kAhead; ++c) work.look_up(c, work.load_entry(c));
   work.copy_q(q);
-  __syncthreads();  // lookups
-  for (int t = 0; t < C::kRing - 1; ++t) work.copy_tile(t, chunks);
-  const RowSight sight = work.row_sight(warp_row, lane);
+  __syncthreads();  // plan, lookups
+  CUTE_UNROLL
+  for (int c = 0; c < kAhead; ++c) {
+    work.template copy_tile<0, false>(c);
+    if (c < kAhead - 1) work.template copy_tile<1, false>(c);
+  }
   if constexpr (!C::kSharedQ) {
     cp_async_wait<C::kRing - 2>();  // Q came with the first tile
     __syncthreads();
-    CUTE_UNROLL
-    for (int step = 0; step < kSteps; ++step) copy(load, sQ_copy(_, _, step), rQ_copy(_, _, step));
+    products.load_q();
   }
 
-  // Tile t has landed and nobody reads tile t - 1 any more: its place takes the next copy.
-  const auto next_tile = [&](int32_t t) {
+  // The oldest tile on its way has landed and nobody reads the one before it any more.
+  const auto next_tile = [] {
     fault(1) ? cp_async_wait<C::kRing - 1>() : cp_async_wait<C::kRing - 2>();
     if (!fault(2)) __syncthreads();
-    work.copy_tile(t + C::kRing - 1, chunks);
   };
   const float scale = work.p.call.softmax_scale * kLog2e;
-  const auto step_over = [&](int32_t chunk, auto plain) __attribute__((always_inline)) {
-    next_tile(2 * chunk);
-    if (looks_up) {
-      work.look_up(chunk + C::kRing / 2, entry);
-      entry = work.load_entry(chunk + C::kRing / 2 + 1);
+  SlotEntry entry{};
+  // In the loop of runs all chunks up to `chunk + kAhead` are runs.
+  const auto step_over = [&](int32_t chunk, auto runs) __attribute__((always_inline)) {
+    constexpr bool kRuns = decltype(runs)::value;
+    next_tile();
+    work.template copy_tile<1, kRuns>(chunk + kAhead - 1);
+    if (!kRuns && looks_up) {
+      if (!shared.plan.is_run(chunk + kAhead)) work.look_up(chunk + kAhead, entry);
+      entry = work.load_entry(chunk + kAhead + 1);
     }
-    Tensor scores = partition_fragment_C(mma, Shape<_16, Int<kChunkKeys>>{});
-    clear(scores);
-    Tensor sK_copy = copy_k.partition_S(
-        make_tensor(make_smem_ptr(shared.ring[2 * chunk % C::kRing]), typename L::Keys{}));
-    CUTE_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      if constexpr (C::kSharedQ) copy(load, sQ_copy(_, _, step), rQ_copy(_, _, 0));
-      CUTE_UNROLL
-      for (int n = 0; n < kChunkKeys / 16; ++n) {
-        copy(load, sK_copy(_, n, step), rK_copy(_, 0, 0));
-        CUTE_UNROLL
-        for (int side = 0; side < 2; ++side)
-          gemm(mma, rQ(_, 0, C::kSharedQ ? 0 : step), rK(_, side, 0), scores(_, 0, 2 * n + side));
-      }
+    float scores[kChunkKeys / 8][4];
+    products.scores(place<C::kRing>(chunk, 0), scores);
+    if (kRuns || work.is_plain(chunk)) {
+      softmax_step<true>(state, scores, out, scale);
+    } else {
+      work.scale_and_mask(shared.lookup[chunk % C::kLookups], work.row_sight(warp_row, lane), lane,
+                          scores);
+      softmax_step<false>(state, scores, out, 1.0f);
     }
-    if constexpr (!plain)
-      work.scale_and_mask(shared.lookup[chunk % C::kLookups], sight, lane, scores);
-    softmax_step<plain>(state, scores, out, scale);
-    round_weights<Element>(scores, rP);
-
-    next_tile(2 * chunk + 1);
-    Tensor sV_copy = copy_v.partition_S(make_tensor(
-        make_smem_ptr(shared.ring[(2 * chunk + 1) % C::kRing]), typename L::Transposed{}));
-    CUTE_UNROLL
-    for (int step = 0; step < kChunkKeys / 16; ++step) {
-      CUTE_UNROLL
-      for (int n = 0; n < kSteps; ++n) {
-        copy(load_transposed, sV_copy(_, n, step), rV_copy(_, 0, 0));
-        CUTE_UNROLL
-        for (int side = 0; side < 2; ++side)
-          gemm(mma, rP(_, 0, step), rV(_, side, 0), out(_, 0, 2 * n + side));
-      }
-    }
+    uint32_t weights[kChunkKeys / 16][4];
+    round_weights<Element>(scores, weights);
+    next_tile();
+    work.template copy_tile<0, kRuns>(chunk + kAhead);
+    products.sum_values(place<C::kRing>(chunk, 1), weights, out);
   };
   for (int32_t chunk = 0; chunk < chunks;) {
-    for (; chunk < chunks && work.is_plain(chunk); ++chunk) step_over(chunk, true_type{});
-    for (; chunk < chunks && !work.is_plain(chunk); ++chunk) step_over(chunk, false_type{});
+    if (chunk > 0 && chunk % C::kGroup == 0) {
+      work.plan_group(chunk / C::kGroup + 1);
+      if (!fault(16)) __syncthreads();  // plan
+    }
+    const int32_t runs = count_runs(shared.plan, chunk, chunks, kAhead);
+    for (const int32_t end = chunk + runs; chunk < end; ++chunk) step_over(chunk, true_type{});
+    if (chunk == chunks || (runs > 0 && chunk % C::kGroup == 0)) continue;
+    if (looks_up) entry = work.load_entry(chunk + kAhead);
+    do {
+      step_over(chunk++, false_type{});
+    } while (chunk < chunks && chunk % C::kGroup != 0 &&
+             count_runs(shared.plan, chunk, chunks, kAhead) <= 0);
   }
   cp_async_wait<0>();
   __syncthreads();  // the ring's memory becomes the result's
@@ -422,7 +391,7 @@ __global__ void __launch_bounds__(kPrefillThreads, C::kMinBlocks)
   }
   __syncthreads();
   if (shared.tile.rows == 0) return;
-  attend(PrefillWork<C>{p, shared});
+  attend(PrefillWork<C>(p, shared));
 }
 
 }  // namespace sparse_attn::cuda
