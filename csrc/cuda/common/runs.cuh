@@ -54,7 +54,7 @@ __device__ inline void plan_group(const DeviceCall& p, const FastDivisor& by_blo
                                   const DeviceSequence& s, int64_t sequence, const TileKeys& keys,
                                   int32_t first_slot, int32_t chunks, int32_t group,
                                   RunPlan<kGroup>& plan) {
-  const int t = threadIdx.x, lane = t % 32;
+  const int t = thread_anew(), lane = t % 32;
   const int32_t chunk = group * kGroup + t / kPieces;
   const bool planned = t < kGroup * kPieces, there = chunk < chunks;
   int32_t row = -1;

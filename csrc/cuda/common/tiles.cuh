@@ -81,9 +81,10 @@ struct PieceAddresses {
     for (int i = 0; i < kAddresses; ++i)
       at[i] = cast_smem_ptr_to_uint(tile + Layout{}(row, column + i * 16));
   }
-  // The same in a tile that lies so many bytes behind.
-  CUTE_DEVICE PieceAddresses behind(uint32_t bytes) const {
-    PieceAddresses moved;
+  // The same in a tile that lies so many bytes behind, and may have more or fewer rows.
+  template <class Other = Layout>
+  CUTE_DEVICE PieceAddresses<L, Other> behind(uint32_t bytes) const {
+    PieceAddresses<L, Other> moved;
     CUTE_UNROLL
     for (int i = 0; i < kAddresses; ++i) moved.at[i] = at[i] + bytes;
     return moved;
@@ -95,13 +96,8 @@ struct PieceAddresses {
   }
 };
 
-// Lanes give the rows of the four matrices: of Q (16 rows, A), of K (16 keys, B) and of V (16 keys,
-// B, transposed).
-template <class L, class Layout>
-CUTE_DEVICE PieceAddresses<L, Layout> q_addresses(const typename L::Element* tile, int row,
-                                                  int lane) {
-  return {tile, row + lane % 16, lane / 16 * 8};
-}
+// Lanes give the rows of the four matrices: of K (16 keys, B), and of V (16 keys, B, transposed),
+// which are those of Q too (16 rows, A).
 template <class L>
 CUTE_DEVICE PieceAddresses<L, typename L::Keys> k_addresses(const typename L::Element* tile,
                                                             int row, int lane) {
@@ -122,23 +118,31 @@ struct WarpProducts {
   static constexpr int kSteps = L::kHeadDim / 16;
   using QLayout = typename L::template Rows<kRows>;
 
-  PieceAddresses<L, QLayout> at_q;
   PieceAddresses<L, typename L::Keys> at_k, at_v;  // in the first tile of the ring
+  uint32_t q_behind;                               // bytes from V's first key to Q's first row
   uint32_t q[kSharedQ ? 1 : kSteps][4];
 
   CUTE_DEVICE WarpProducts(const Element* q_tile, const Element* ring, int row, int key, int lane)
-      : at_q(q_addresses<L, QLayout>(q_tile, row, lane)),
-        at_k(k_addresses<L>(ring, key, lane)),
-        at_v(v_addresses<L>(ring, key, lane)) {}
+      : at_k(k_addresses<L>(ring, key, lane)),
+        at_v(v_addresses<L>(ring, key, lane)),
+        q_behind(cast_smem_ptr_to_uint(q_tile + row * L::kColumns) -
+                 cast_smem_ptr_to_uint(ring + key * L::kColumns)) {}
+
+  // Both begin at rows of whole atoms: the swizzle is the same.
+  CUTE_DEVICE PieceAddresses<L, QLayout> at_q() const {
+    return at_v.template behind<QLayout>(q_behind);
+  }
 
   CUTE_DEVICE void load_q() {
+    const auto at = at_q();
     CUTE_UNROLL
-    for (int step = 0; step < kSteps; ++step) load_matrices(at_q(0, step * 16), q[step]);
+    for (int step = 0; step < kSteps; ++step) load_matrices(at(0, step * 16), q[step]);
   }
 
   // scores = Q K^T, of the K at a place of the ring.
   CUTE_DEVICE void scores(uint32_t place, Accumulators<kKeys / 8>& scores) {
     const auto at = at_k.behind(place * L::kTileBytes);
+    const auto q_at = at_q();
     CUTE_UNROLL
     for (int n = 0; n < kKeys / 8; ++n) {
       CUTE_UNROLL
@@ -146,7 +150,7 @@ struct WarpProducts {
     }
     CUTE_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      if constexpr (kSharedQ) load_matrices(at_q(0, step * 16), q[0]);
+      if constexpr (kSharedQ) load_matrices(q_at(0, step * 16), q[0]);
       CUTE_UNROLL
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t keys[4];
@@ -171,6 +175,14 @@ struct WarpProducts {
     }
   }
 };
+
+// threadIdx.x, in a way that what follows from it is computed anew where a kernel loops over tiles:
+// in registers that would be kept for it, the main loop has something better.
+__device__ inline int thread_anew() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
 
 __device__ inline float exp2_fast(float x) {
   float y;

@@ -33,8 +33,11 @@ struct Lookup {
   uint32_t plain[2];           // bit i: all rows see key i (or 32 + i), without bias
 };
 
-// The CTA's part of a tile: its rows and its keys.
+// The CTA's part of a tile: its rows and its keys. What is needed only afterwards waits here too.
 struct DecodePart {
+  int64_t id;     // of the tile
+  int64_t next;   // chunk of the line behind the part
+  int64_t piece;  // that it leaves; -1: it is the whole tile
   DeviceSequence sequence;
   DecodeTile tile;
   TileKeys keys;
@@ -115,7 +118,8 @@ struct DecodeWork {
       bits = static_cast<uint32_t>(
           index.block_bits[(int64_t{entry.mask} * index.block_n + entry.within) * words]);
     }
-    const bool plain = key >= 0 && key < keys.min_hi && entry.bias == 0.0f && bits == ~0u &&
+    const bool raw = p.call.softcap == 0.0f && p.call.softmax_scale > 0.0f;
+    const bool plain = raw && key >= 0 && key < keys.min_hi && entry.bias == 0.0f && bits == ~0u &&
                        (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
     to.key[i] = key;
     to.place[i] = place;
@@ -213,7 +217,7 @@ __device__ inline PairSight pair_sight(const DecodeWork<C>& work, int warp_row, 
   return sight;
 }
 
-// Whether all rows see all of the warp's keys of a chunk, without bias.
+// Whether all rows see all of the warp's keys of a chunk, without bias or softcap.
 template <class C>
 __device__ inline bool is_plain(const Lookup& lookup, int warp_key) {
   if constexpr (C::kWarpKeys == 64) {
@@ -282,7 +286,8 @@ template <class C>
 __device__ inline void attend(const DecodeWork<C>& work) {
   using Element = typename C::Element;
   constexpr int kAhead = C::kAhead;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = thread_anew();
+  const int lane = thread % 32, warp = thread / 32;
   const int warp_row = warp % C::kWarpsM * 16, warp_key = warp / C::kWarpsM * C::kWarpKeys;
   DecodeShared<C>& shared = work.shared;
   const int32_t chunks = shared.part.chunks;
@@ -311,7 +316,6 @@ __device__ inline void attend(const DecodeWork<C>& work) {
     if (!fault(22)) __syncthreads();
   };
   const float scale = work.p.call.softmax_scale * kLog2e;
-  const bool raw = work.p.call.softcap == 0.0f && scale > 0.0f;
   // In the loop of runs all chunks up to `chunk + kAhead` are runs.
   const auto step_over = [&](int32_t chunk, auto runs) __attribute__((always_inline)) {
     constexpr bool kRuns = decltype(runs)::value;
@@ -321,7 +325,7 @@ __device__ inline void attend(const DecodeWork<C>& work) {
     float scores[C::kWarpKeys / 8][4];
     products.scores(place<C::kRing>(chunk, 0), scores);
     const Lookup& lookup = shared.lookup[chunk % C::kLookups];
-    if (kRuns || shared.plan.is_run(chunk) || (raw && is_plain<C>(lookup, warp_key))) {
+    if (kRuns || shared.plan.is_run(chunk) || is_plain<C>(lookup, warp_key)) {
       softmax_step<true>(state, scores, out, scale);
     } else {
       scale_and_mask(work, lookup, pair_sight(work, warp_row, lane), warp_key, lane, scores);
@@ -352,9 +356,10 @@ __device__ inline void attend(const DecodeWork<C>& work) {
   __syncthreads();
 }
 
-// Adds the warps' rows up and writes them: as the result, or as piece number `piece`.
+// Adds the warps' rows up and writes them: as the result, or as the part's piece.
 template <class C>
-__device__ inline void write_rows(const DecodeWork<C>& work, int64_t piece) {
+__device__ inline void write_rows(const DecodeWork<C>& work) {
+  const int64_t piece = work.shared.part.piece;
   using Element = typename C::Element;
   const DecodeParams& p = work.p;
   const AttentionParams& call = p.call;
@@ -423,29 +428,34 @@ __global__ void __launch_bounds__(kDecodeThreads, C::kMinBlocks)
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) char shared_bytes[];
   auto& shared = *reinterpret_cast<DecodeShared<C>*>(shared_bytes);
-  const int64_t share = p.first_chunk[p.tiles + 1];
-  int64_t chunk = blockIdx.x * share;
-  const int64_t end = min(chunk + share, p.first_chunk[p.tiles]);
-  if (chunk >= end) return;
-  for (int64_t id = tile_of_chunk(p, chunk); chunk < end; ++id) {
+  const auto end = [&] {
+    return min((blockIdx.x + int64_t{1}) * p.first_chunk[p.tiles + 1], p.first_chunk[p.tiles]);
+  };
+  int64_t chunk = blockIdx.x * p.first_chunk[p.tiles + 1];
+  if (chunk >= end()) return;
+  for (int64_t id = tile_of_chunk(p, chunk); chunk < end(); ++id) {
     const int64_t tile_begin = p.first_chunk[id], tile_end = p.first_chunk[id + 1];
     if (tile_end <= chunk) continue;  // a tile without rows
     __syncthreads();                  // nobody needs the last tile's part any more
     if (threadIdx.x == 0) {
       DecodePart& part = shared.part;
+      part.id = id;
+      part.next = min(end(), tile_end);
+      // A CTA leaves at most two pieces: one of a tile begun before it, one that goes on after it.
+      const bool begins = chunk == tile_begin, ends = part.next == tile_end;
+      part.piece = begins && ends ? -1 : int64_t{2} * blockIdx.x + (begins ? 1 : 0);
       part.sequence = sequence_of(p, id);
       part.tile = decode_tile(p, id, part.sequence);
       part.keys = decode_keys(p, part.sequence, part.tile);
       part.first_slot = static_cast<int32_t>(chunk - tile_begin) * kChunkKeys;
-      part.chunks = static_cast<int32_t>(min(end, tile_end) - chunk);
+      part.chunks = static_cast<int32_t>(part.next - chunk);
     }
     __syncthreads();
     const DecodeWork<C> work(p, shared);
     attend(work);
-    // A CTA leaves at most two pieces: one of a tile begun before it, one that goes on after it.
-    const bool begins = chunk == tile_begin, ends = end >= tile_end;
-    write_rows(work, begins && ends ? -1 : int64_t{2} * blockIdx.x + (begins ? 1 : 0));
-    chunk = min(end, tile_end);
+    write_rows(work);
+    id = shared.part.id;
+    chunk = shared.part.next;
   }
 }
 
