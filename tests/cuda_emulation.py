@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import io
+import json
 import operator
 import os
 import pickle
@@ -31,6 +32,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 WORKERS = min(2, os.cpu_count() or 1)
+_STATISTICS = "statistics of the kernels"  # asked for like a function
 
 
 def _tools():
@@ -156,6 +158,22 @@ def run(function: str, *args: Any, seeds: Sequence[int] = SEEDS, fault: int = 0,
     return list(pool.map(one, seeds))
 
 
+def bank_use(function: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[str, int]]]:
+    """How the kernels of a call used the banks of shared memory: {kernel: {opcode: counts}}.
+
+    Of `function` as in `run`. Each kernel's name is mangled, its last launch counts; `wavefronts`
+    are what its accesses took, `least` what they would have taken without a conflict.
+    """
+    free, _ = _workers(False)
+    worker = free.get()
+    try:
+        worker.call((function, args, kwargs, 0, 0))
+        statistics: str = worker.call((_STATISTICS, (), {}, 0, 0))
+    finally:
+        free.put(worker)
+    return {name: kernel["banks"] for name, kernel in json.loads(statistics).items()}
+
+
 def on_device(function: str, *args: Any, **kwargs: Any) -> Any:
     """What the call returns with its tensors and indexes on the CUDA device; tensors come back."""
 
@@ -182,10 +200,10 @@ def _serve(module: str, runtime: str) -> None:
     with warnings.catch_warnings():  # of the override, which is meant
         warnings.simplefilter("ignore")
         library.impl("attention", emulated, "CPU", allow_override=True)
-    seed_schedule: Callable[[int], None] = ctypes.CDLL(
-        str(Path(runtime) / "libcudart.so.13")
-    ).ptxemu_cudart_seed
+    cudart = ctypes.CDLL(str(Path(runtime) / "libcudart.so.13"))
+    seed_schedule: Callable[[int], None] = cudart.ptxemu_cudart_seed
     seed_schedule.argtypes = [ctypes.c_uint64]
+    cudart.ptxemu_cudart_kernel_stats.restype = ctypes.c_char_p
     while True:
         try:
             function, args, kwargs, seed, fault = _read(requests)
@@ -194,7 +212,10 @@ def _serve(module: str, runtime: str) -> None:
         os.environ["SPARSE_ATTN_FAULT"] = str(fault)
         seed_schedule(seed)
         try:
-            reply = ("result", operator.attrgetter(function)(sparse_attn)(*args, **kwargs))
+            if function == _STATISTICS:
+                reply = ("result", cudart.ptxemu_cudart_kernel_stats().decode())
+            else:
+                reply = ("result", operator.attrgetter(function)(sparse_attn)(*args, **kwargs))
         except Exception as error:
             reply = ("error", type(error)(*map(str, error.args)))
         _write(replies, reply)

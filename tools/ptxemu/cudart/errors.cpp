@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "json.h"
 #include "runtime.h"
 
 namespace ptxemu::cudart {
@@ -122,6 +123,17 @@ CUDART_API const char* ptxemu_cudart_finding_kind() {
 }
 CUDART_API const char* ptxemu_cudart_stats() {
   return runtime().last_stats.c_str();
+}
+CUDART_API const char* ptxemu_cudart_kernel_stats() {
+  Runtime& r = runtime();
+  const std::lock_guard lock(r.mutex);
+  r.all_stats = "{" +
+                ptxemu::json_list(r.kernel_stats,
+                                  [](const auto& kernel) {
+                                    return ptxemu::json_string(kernel.first) + ": " + kernel.second;
+                                  }) +
+                "}";
+  return r.all_stats.c_str();
 }
 CUDART_API void ptxemu_cudart_seed(std::uint64_t seed) {
   runtime().options.seed = seed;

@@ -56,6 +56,7 @@ cudaError launch(const void* stub, LaunchConfig config, void** arguments) {
     const Stats stats =
         ptxemu::launch(module, kernel->name, config, block.data(), block.size(), memory, r.options);
     r.last_stats = to_json(stats);
+    r.kernel_stats[kernel->name] = r.last_stats;
     if (r.verbose)
       std::fprintf(stderr, "ptxemu cudart: %s %s\n", kernel->name.c_str(), r.last_stats.c_str());
     return static_cast<cudaError>(kSuccess);

@@ -68,6 +68,8 @@ struct Runtime {
   std::map<const void*, std::size_t> allocations;
   std::string last_finding, last_kind;
   std::string last_stats = "{}";
+  std::map<std::string, std::string> kernel_stats;  // of each kernel's last launch, as JSON
+  std::string all_stats;                            // what ptxemu_cudart_kernel_stats() returned
   Options options;
   int verbose = 0;
 };

@@ -42,6 +42,14 @@ inline std::string to_json(const Stats& stats) {
          json_list(
              stats.opcodes,
              [](const auto& o) { return json_string(o.first) + ": " + std::to_string(o.second); }) +
+         "}, \"banks\": {" +
+         json_list(stats.banks,
+                   [](const auto& b) {
+                     return json_string(b.first) +
+                            ": {\"accesses\": " + std::to_string(b.second.accesses) +
+                            ", \"wavefronts\": " + std::to_string(b.second.wavefronts) +
+                            ", \"least\": " + std::to_string(b.second.least) + "}";
+                   }) +
          "}, \"notices\": [" + json_list(stats.notices, json_string) + "]}";
 }
 

@@ -44,12 +44,23 @@ class Error : public std::runtime_error {
   std::string kind_;
 };
 
+/// How shared memory served accesses of warps. A wavefront is what its 32 banks of 4 bytes serve at
+/// once: one word each.
+struct BankUse {
+  std::uint64_t accesses = 0;
+  std::uint64_t wavefronts = 0;
+  /// Wavefronts without conflicts: one for 32 lanes of 4 bytes, 16 of 8 or 8 of 16.
+  std::uint64_t least = 0;
+};
+
 struct Stats {
   std::uint64_t ctas = 0;
   std::uint64_t warp_instructions = 0;
   std::uint64_t lane_instructions = 0;
   /// Executions by opcode, e.g. "mma" or "ld".
   std::map<std::string, std::uint64_t> opcodes;
+  /// Of ld, st, ldmatrix, stmatrix and cp (the writes of cp.async).
+  std::map<std::string, BankUse> banks;
   /// What was done differently from a GPU, e.g. an ignored printf.
   std::vector<std::string> notices;
 };

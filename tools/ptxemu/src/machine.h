@@ -233,6 +233,9 @@ struct Step {
   u32 mask;           // lanes whose guard holds; the others have gone on
   u32 where;          // Module-wide index of the instruction
   bool stay = false;  // the handler has set the program counters itself
+  // What lanes have accessed in the CTA's shared memory, of this many bytes each.
+  u32 shared_lanes = 0, shared_bytes = 0;
+  std::array<u32, kWarpSize> shared_at;
 
   const u64* in(const Operand& o) const {
     if (o.kind == OperandKind::kRegister) return &frame.registers[std::size_t{o.index} * kWarpSize];
@@ -304,6 +307,9 @@ struct Step {
 enum class Order : u8 { kNone, kRelaxed, kAcquire, kRelease, kAcqRel };
 void before_strong_write(Step& s, const Step::Place& place, Order order, bool cta_scope, int lane);
 void after_strong_read(Step& s, const Step::Place& place, Order order, bool cta_scope, int lane);
+
+/// banks.cpp: adds what a step has accessed to the statistics.
+void count_banks(const Step& s, std::map<std::string, BankUse>& banks);
 
 /// mbarrier.cpp
 Mbarrier& find_mbarrier(Step& s, Cta& cta, u32 address, int lane);

@@ -70,6 +70,11 @@ Step::Place Step::shared(u64 address, u32 bytes, bool write, int lane, u32 align
          verb(write) + size_text(bytes) + " at shared+" + std::to_string(offset) +
              ", which is no multiple of " + std::to_string(align),
          lane);
+  if (target == &cta) {
+    shared_lanes |= 1u << lane;
+    shared_bytes = bytes;
+    shared_at[static_cast<u32>(lane)] = offset;
+  }
   return {target->shared.data() + offset, Space::kShared, target, offset};
 }
 

@@ -161,6 +161,7 @@ void Machine::step(Warp& w) {
     const bool registers = kernel.uses_wgmma && function.uses_wgmma;
     if (registers) check_in_flight(s);
     i.handler(s);
+    if (s.shared_lanes != 0) count_banks(s, stats.banks);
     stayed = s.stay;
     if (!stayed) advance(w, mask);
     if (registers && !stayed) mark_written(s);
