@@ -170,10 +170,14 @@ def test_layers_with_a_window_of_their_own_stay():
         assert {head.pattern for head in found.plan.layers[layer]} == {Dense()}
 
 
-def test_no_time_still_gives_a_plan():
-    found = calibration(tiny(), tokens(80), budget=1e-3, candidates=[*CANDIDATES, AShape(1, 5)])
+@pytest.mark.parametrize(("budget", "tried"), [(1e-3, 3), ("1h", 6)])
+def test_no_time_still_gives_a_plan(budget, tried):
+    """Three candidates are tried in any case, the others as long as there is time."""
+    windows = [AShape(1, n) for n in range(2, 8)]  # none keeps enough to leave out the next
+    found = calibration(tiny(), tokens(80), budget=budget, candidates=windows)
     for layer in found.trials.values():
-        assert all(len(heads) <= 4 and heads[0].pattern == Dense() for heads in layer)
+        for head in layer:
+            assert [trial.pattern for trial in head] == [Dense(), *windows[:tried]]
 
 
 # ------------------------------------------------------------------------------ resuming
@@ -278,6 +282,20 @@ def test_the_command(saved, capsys):
     # the lines that it says to paste
     exec(printed[printed.rindex("from sparse_attn import HeadPlan") :], {"model": model})
     assert model.config._attn_implementation.startswith("sparse_attn_plan_")
+
+
+def test_most_of_the_budget_is_for_trials(saved, monkeypatch):
+    import sparse_attn.calibration.command as module
+
+    given = []
+
+    def calibration(*args, budget, **options):
+        given.append(budget)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(module, "calibration", calibration)
+    assert command(saved, "--budget", "50m") == 1
+    assert 0.5 * 3000 < given[0] <= 0.6 * 3000
 
 
 def test_dry_run_writes_nothing(saved, capsys):
