@@ -109,7 +109,8 @@ SPARSE_ATTN_KERNEL float exp_cells(float* cells, int64_t n, float scale) {
     store(cells + i, p);
   }
   if (tail > 0) {
-    for (int l = 0; l < kLanes; ++l) padded[l] = l < tail ? cells[i + l] : 0.0f;
+    // Lanes behind the end take a number of the row: its exponential is at most 1, as exp2 wants.
+    for (int l = 0; l < kLanes; ++l) padded[l] = cells[i + (l < tail ? l : 0)];
     Vec p = exp2<6>(multiply_add(load(padded), factor, shift));
     for (int l = tail; l < kLanes; ++l) p[l] = 0.0f;
     sum += p;
