@@ -57,9 +57,9 @@ def _by_bands(
     for _, band in bands(1, tiles, batch * heads * keys * (dim + block_m), MAX_BAND_ELEMENTS):
         first = band.start * block_m
         rows = q[:, :, first : band.stop * block_m]
-        before = None if parents is None else (parents[0][:, :, band], parents[1][:, :, band])
-        place = {"block_m": block_m, "q_offset": q_offset + first}
-        found.append(search(rows, k, parents=before, **place, **options))
+        if parents is not None:
+            options["parents"] = (parents[0][:, :, band], parents[1][:, :, band])
+        found.append(search(rows, k, block_m=block_m, q_offset=q_offset + first, **options))
     if not found:
         shape = (batch, options["lists"], 0)
         room = options.get("groups", options.get("keep", 0))
@@ -143,7 +143,6 @@ def _tree(
     q: Tensor,
     k: Tensor,
     *,
-    parents: None,
     q_offset: int,
     softmax_scale: float,
     block_m: int,
@@ -203,8 +202,8 @@ def _stage(
     chunk: int,
     keep: int,
     overlap: int,
-    parents: Pieces | None,
     parent_chunk: int,
+    parents: Pieces | None = None,
 ) -> Pieces:
     batch, heads, seqlen_q, _ = q.shape
     device = q.device
