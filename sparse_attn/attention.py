@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -128,6 +129,7 @@ def attention_ranges(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    fallback: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over parts of padded or packed tensors: what varlen, padding and caches share.
 
@@ -139,7 +141,7 @@ def attention_ranges(
         seq_ranges: int32 [num_seqs, 5] on the CPU, rows of (q_start, q_len, k_start, k_len,
             q_offset) in tokens. With batch 1 any number of sequences lies one after the other in
             q (they must not overlap); else row b belongs to batch entry b.
-        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+        causal, softmax_scale, return_lse, softcap, sinks, backend, fallback: as in `attention`.
 
     Returns:
         As `attention`. Rows of q that no range covers give out 0 and lse -inf.
@@ -150,7 +152,7 @@ def attention_ranges(
     function = "attention_ranges"
     check_qkv(function, q, k, v)
     check_ranges(function, seq_ranges, q, k)
-    index = _ranges_index(pattern, q, k, seq_ranges, causal, softmax_scale)
+    index = _ranges_index(pattern, q, k, seq_ranges, causal, softmax_scale, fallback)
     out, lse = _run(
         function, q, k, v, index, seq_ranges, 0, causal, softmax_scale, softcap, sinks, backend
     )
@@ -174,6 +176,7 @@ def attention_varlen(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    fallback: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences of different lengths, packed one after the other.
 
@@ -188,7 +191,7 @@ def attention_varlen(
         max_seqlen_k: an upper bound of the sequences' keys (tokens).
         pattern: as in `attention`, built for each sequence by itself.
         q_offset: position of row 0 of every sequence, default its keys minus its rows.
-        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+        causal, softmax_scale, return_lse, softcap, sinks, backend, fallback: as in `attention`.
 
     Returns:
         out [total_q, num_heads, head_dim_v]; with return_lse also lse float32
@@ -226,6 +229,7 @@ def attention_varlen(
         softcap=softcap,
         sinks=sinks,
         backend=backend,
+        fallback=fallback,
     )
     out, lse = out.squeeze(0).transpose(0, 1), lse.squeeze(0)
     return (out, lse) if return_lse else out
@@ -246,6 +250,7 @@ def attention_decode(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
+    fallback: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of the newest rows over a cache that is longer than what is in it.
 
@@ -263,7 +268,7 @@ def attention_decode(
             block_table[b, j // page_size] at j % page_size. Entries past a sequence's keys are
             not read. Pages may be shared; for a pool in head-major order pass transpose(1, 2).
         q_offset: position of row 0, default cache_seqlens - seqlen_q.
-        causal, softmax_scale, return_lse, softcap, sinks, backend: as in `attention`.
+        causal, softmax_scale, return_lse, softcap, sinks, backend, fallback: as in `attention`.
 
     Returns:
         As `attention`.
@@ -285,7 +290,7 @@ def attention_decode(
     if block_table is not None:
         ranges = check_pages(function, q, k_cache, v_cache, block_table, cache_seqlens, q_offset)
         k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-        index = _paged_index(pattern, q, k, block_table, ranges, causal, softmax_scale)
+        index = _paged_index(pattern, q, k, block_table, ranges, causal, softmax_scale, fallback)
         out, lse = _run(
             *(function, q, k, v, index, ranges, 0, causal, softmax_scale, softcap, sinks, backend),
             block_table=block_table,
@@ -304,6 +309,7 @@ def attention_decode(
             softcap=softcap,
             sinks=sinks,
             backend=backend,
+            fallback=fallback,
         )
     check_qkv(function, q, k_cache, v_cache)
     batch, _, seqlen_q, _ = q.shape
@@ -323,6 +329,7 @@ def attention_decode(
         softcap=softcap,
         sinks=sinks,
         backend=backend,
+        fallback=fallback,
     )
 
 
@@ -478,15 +485,21 @@ def _paying(
     softmax_scale: float | None,
     q_offset: int,
     fallback: bool | None,
+    read: Callable[[], Tensor] | None = None,
 ) -> SparseIndex:
-    """The index that `chosen` builds, or a dense one where that is faster."""
-    if _is_tracing() or not dispatch.applies(chosen, q, fallback):
-        return _built(chosen, q, k, causal, softmax_scale, q_offset)
-    if not dispatch.before(chosen, q, k, causal, q_offset).dense:
-        index = _built(chosen, q, k, causal, softmax_scale, q_offset)
-        if not dispatch.after(index, q, k, causal, q_offset).dense:
-            return index
-    return _built(Dense(), q, k, causal, softmax_scale, q_offset)
+    """The index that `chosen` builds, or a dense one where that is faster.
+
+    `read` gives the keys where k only has their shape: they are not read for a dense index.
+    """
+    numerics = (causal, softmax_scale, q_offset)
+    may_fall_back = not _is_tracing() and dispatch.applies(chosen, q, fallback)
+    if may_fall_back and dispatch.before(chosen, q, k, causal, q_offset).dense:
+        return _built(Dense(), q, k, *numerics)
+    keys = k if read is None else read()
+    index = _built(chosen, q, keys, *numerics)
+    if may_fall_back and dispatch.after(index, q, keys, causal, q_offset).dense:
+        return _built(Dense(), q, k, *numerics)
+    return index
 
 
 def _built(
@@ -531,6 +544,7 @@ def _ranges_index(
     seq_ranges: Tensor,
     causal: bool,
     softmax_scale: float | None,
+    fallback: bool | None,
 ) -> SparseIndex:
     """As `build_index`, over the sequences of seq_ranges."""
     if isinstance(pattern, SparseIndex) or _is_block_mask(pattern):
@@ -552,7 +566,7 @@ def _ranges_index(
                 causal,
                 softmax_scale,
                 q_offset,
-                None,
+                fallback,
             )
         )
     return SparseIndex.stack(same_tiles(parts))
@@ -566,6 +580,7 @@ def _paged_index(
     seq_ranges: Tensor,
     causal: bool,
     softmax_scale: float | None,
+    fallback: bool | None,
 ) -> SparseIndex:
     """As `_ranges_index`, of keys [num_pages, num_heads_kv, page_size, head_dim] in pages."""
     chosen = pattern
@@ -575,13 +590,23 @@ def _paged_index(
         # What reads no keys sees a stand-in of their shape, which takes no memory.
         shape = (q.shape[0], k.shape[1], block_table.shape[1] * k.shape[2], k.shape[3])
         keys = k.new_empty(()).expand(shape)
-        return _ranges_index(chosen, q, keys, seq_ranges, causal, softmax_scale)
+        return _ranges_index(chosen, q, keys, seq_ranges, causal, softmax_scale, fallback)
     parts = []
     for s, (_, _, _, k_len, q_offset) in enumerate(seq_ranges.tolist()):
-        member = chosen.of_sequence(s)
-        own = gather_pages(k, block_table[s], k_len)
-        parts.append(build_index(member, q[s : s + 1], own, causal, softmax_scale, q_offset))
-    return SparseIndex.stack(parts)
+        shape = (1, k.shape[1], k_len, k.shape[3])
+        parts.append(
+            _paying(
+                chosen.of_sequence(s),
+                q[s : s + 1],
+                k.new_empty(()).expand(shape),
+                causal,
+                softmax_scale,
+                q_offset,
+                fallback,
+                functools.partial(gather_pages, k, block_table[s], k_len),
+            )
+        )
+    return SparseIndex.stack(same_tiles(parts))
 
 
 def _is_block_mask(pattern: Any) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which calls run densely: the two questions over a made-up table, and that asking is cheap."""
 
+import importlib
 import json
 import time
 from statistics import median
@@ -140,6 +141,40 @@ def test_packed_sequences_are_decided_one_by_one():
         part = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
         expected = sparse_attn.attention(*part, "dense" if dense else pattern, fallback=False)
         assert same(out[begin:end].transpose(0, 1)[None], expected)
+
+
+def test_calls_over_parts_take_the_argument():
+    q, k, v = inputs(64)
+    own = outputs(q, k, v, SPARSE)[1]
+    ranges = torch.tensor([[0, 64, 0, 64, 0]], dtype=torch.int32)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    starts = torch.tensor([0, 64], dtype=torch.int32)
+    lens, no = torch.tensor([64]), {"fallback": False}
+    found = sparse_attn.attention_varlen(*packed, starts, starts, 64, 64, SPARSE, **no)
+    assert same(found.transpose(0, 1)[None], own)
+    assert same(sparse_attn.attention_ranges(q, k, v, SPARSE, ranges, **no), own)
+    assert same(sparse_attn.attention_decode(q, k, v, SPARSE, cache_seqlens=lens, **no), own)
+    assert same(sparse_attn.attention_decode(q, k, v, SPARSE, **no), own)
+    assert same(sparse_attn.attention_decode(q, k, v, SPARSE), sparse_attn.attention(q, k, v))
+
+
+def test_pages_are_not_gathered_for_dense_attention(monkeypatch):
+    attend = importlib.import_module("sparse_attn.attention")
+    gather, gathered = attend.gather_pages, []
+    monkeypatch.setattr(attend, "gather_pages", lambda *a: gathered.append(a[2]) or gather(*a))
+    q, k, v = (x.expand(2, -1, -1, -1) for x in inputs(64, 512))
+    pools = tuple(x.transpose(1, 2).reshape(-1, 16, 2, 32) for x in (k, v))
+    lens, table = torch.tensor([512, 64]), torch.arange(64, dtype=torch.int32).view(2, 32)
+    # 64 rows near 512 keys: reading a tenth pays; near 64 keys it never does.
+    monkeypatch.setitem(COSTS.selection, "Adaptive", (0.0, 0.0, 0.0))
+    paged = {"cache_seqlens": lens, "block_table": table}
+    out = sparse_attn.attention_decode(q, *pools, SPARSE, **paged)
+    assert gathered == [512]
+    first = sparse_attn.attention(q[:1], k[:1], v[:1], SPARSE, fallback=False)
+    last = sparse_attn.attention(q[1:], k[1:, :, :64], v[1:, :, :64])
+    assert same(out, torch.cat((first, last)))
+    sparse_attn.attention_decode(q, *pools, SPARSE, **paged, fallback=False)
+    assert gathered == [512, 512, 64]
 
 
 def test_explain_says_what_runs_and_why():
