@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -128,6 +129,99 @@ def check_ranges(function: str, seq_ranges: Tensor, q: Tensor, k: Tensor) -> Non
             f"sparse_attn.{function}: sequence {s} has (q_start, q_len, k_start, k_len) = "
             f"{seq_ranges[s, :4].tolist()}, outside of {q.shape[2]} rows and {k.shape[2]} keys."
         )
+
+
+def check_numerics(
+    function: str,
+    num_heads: int,
+    causal: bool,
+    softmax_scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raises unless these options of `attention` are what it says of them.
+
+    Raises:
+        TypeError: an option is of another type.
+        ValueError: a number is out of range, or sinks of another shape or dtype.
+    """
+    if not isinstance(causal, bool):
+        raise TypeError(
+            f"sparse_attn.{function}: causal is a {type(causal).__name__}; pass True or False."
+        )
+    if isinstance(softmax_scale, float) and not math.isfinite(softmax_scale):
+        raise ValueError(
+            f"sparse_attn.{function}: softmax_scale={softmax_scale} is not finite; pass a number, "
+            "or None for 1 / sqrt(head_dim)."
+        )
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(
+            f"sparse_attn.{function}: softcap={softcap} is not above 0; pass None for none."
+        )
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (num_heads,)):
+        raise ValueError(
+            f"sparse_attn.{function}: sinks is {sinks.dtype} {tuple(sinks.shape)}; "
+            f"pass float32 [{num_heads}]."
+        )
+
+
+def check_offset(function: str, q_offset: int | None) -> None:
+    """Raises TypeError unless q_offset is an int or None."""
+    if isinstance(q_offset, float | str | Tensor):  # not "no int": a traced size is none either
+        raise TypeError(
+            f"sparse_attn.{function}: q_offset is a {type(q_offset).__name__}; pass an int, the "
+            "position of row 0 on the key axis."
+        )
+
+
+def cache_ranges(
+    function: str,
+    cache_seqlens: Tensor | int,
+    batch: int,
+    seqlen_q: int,
+    capacity: int,
+    q_offset: int | None,
+) -> Tensor:
+    """Ranges, as `attention_ranges` takes them, of rows that follow the keys of a cache.
+
+    Args:
+        function: caller's name, for the text.
+        cache_seqlens: int [batch] or one int, keys of each sequence.
+        batch: sequences.
+        seqlen_q: rows of each sequence.
+        capacity: keys that the cache can hold of a sequence.
+        q_offset: position of row 0, None for the keys minus the rows.
+
+    Returns:
+        int32 [batch, 5] on the CPU.
+
+    Raises:
+        TypeError: a length or the offset is no integer.
+        ValueError: there are more or fewer lengths than sequences, or one is out of range.
+    """
+    check_offset(function, q_offset)
+    given = torch.as_tensor(cache_seqlens)
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"sparse_attn.{function}: cache_seqlens is {given.dtype}; pass int32 [{batch}] or one "
+            "int."
+        )
+    if given.dim() > 1 or given.numel() not in (1, batch):
+        raise ValueError(
+            f"sparse_attn.{function}: cache_seqlens has shape {tuple(given.shape)}; pass int32 "
+            f"[{batch}] or one int."
+        )
+    given = given.cpu()
+    if not torch.compiler.is_compiling() and bool(((given < 0) | (given > capacity)).any()):
+        raise ValueError(
+            f"sparse_attn.{function}: cache_seqlens is {given.tolist()}; a sequence of the cache "
+            f"holds 0 to {capacity} keys."
+        )
+    lens = given.to(torch.int32).expand(batch)
+    zeros = torch.zeros_like(lens)
+    offsets = lens - seqlen_q if q_offset is None else torch.full_like(lens, q_offset)
+    ranges = torch.stack((zeros, torch.full_like(lens, seqlen_q), zeros, lens, offsets), dim=1)
+    return ranges.contiguous()
 
 
 def spans(

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_attn import backends, dispatch, ops
-from sparse_attn.arguments import check_qkv, check_ranges, spans
+from sparse_attn.arguments import (
+    cache_ranges,
+    check_numerics,
+    check_offset,
+    check_qkv,
+    check_ranges,
+    spans,
+)
 from sparse_attn.index import SparseIndex
 from sparse_attn.paged import check_pages, gather_pages
 from sparse_attn.patterns import Dense, Pattern, resolve
@@ -92,6 +99,8 @@ def attention(
         torch.Size([1, 4, 1024, 64])
     """
     check_qkv("attention", q, k, v)
+    check_numerics("attention", q.shape[1], causal, softmax_scale, softcap, sinks)
+    check_offset("attention", q_offset)
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     offset = seqlen_k - seqlen_q if q_offset is None else q_offset
     numerics = (causal, softmax_scale, softcap, sinks, backend)
@@ -151,6 +160,7 @@ def attention_ranges(
     """
     function = "attention_ranges"
     check_qkv(function, q, k, v)
+    check_numerics(function, q.shape[1], causal, softmax_scale, softcap, sinks)
     check_ranges(function, seq_ranges, q, k)
     index = _ranges_index(pattern, q, k, seq_ranges, causal, softmax_scale, fallback)
     out, lse = _run(
@@ -207,6 +217,7 @@ def attention_varlen(
                 f"sparse_attn.{function}: {name} has {x.dim()} dimensions; "
                 "pass [total tokens, heads, head_dim]."
             )
+    check_offset(function, q_offset)
     starts_q, lens_q = spans(function, "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     starts_k, lens_k = spans(function, "cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if starts_q.shape != starts_k.shape:
@@ -289,6 +300,7 @@ def attention_decode(
     function = "attention_decode"
     if block_table is not None:
         ranges = check_pages(function, q, k_cache, v_cache, block_table, cache_seqlens, q_offset)
+        check_numerics(function, q.shape[1], causal, softmax_scale, softcap, sinks)
         k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         index = _paged_index(pattern, q, k, block_table, ranges, causal, softmax_scale, fallback)
         out, lse = _run(
@@ -313,16 +325,13 @@ def attention_decode(
         )
     check_qkv(function, q, k_cache, v_cache)
     batch, _, seqlen_q, _ = q.shape
-    lens = torch.as_tensor(cache_seqlens, dtype=torch.int32, device="cpu").expand(batch)
-    zeros = torch.zeros_like(lens)
-    offsets = lens - seqlen_q if q_offset is None else torch.full_like(lens, q_offset)
-    ranges = torch.stack((zeros, torch.full_like(lens, seqlen_q), zeros, lens, offsets), dim=1)
+    ranges = cache_ranges(function, cache_seqlens, batch, seqlen_q, k_cache.shape[2], q_offset)
     return attention_ranges(
         q,
         k_cache,
         v_cache,
         pattern,
-        ranges.contiguous(),
+        ranges,
         causal=causal,
         softmax_scale=softmax_scale,
         return_lse=return_lse,
@@ -399,15 +408,6 @@ def _run(
     if given != 1 and given != sequences:
         raise ValueError(
             f"sparse_attn.{function}: the index has batch {given}; pass one with 1 or {sequences}."
-        )
-    if softcap is not None and not softcap > 0.0:
-        raise ValueError(
-            f"sparse_attn.{function}: softcap={softcap} is not above 0; pass None for none."
-        )
-    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (num_heads,)):
-        raise ValueError(
-            f"sparse_attn.{function}: sinks is {sinks.dtype} {tuple(sinks.shape)}; "
-            f"pass float32 [{num_heads}]."
         )
     bias = index.column_bias
     problem = backends.Problem(

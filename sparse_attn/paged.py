@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_attn.arguments import cache_ranges
 from sparse_attn.backends import UnsupportedError
 
 
@@ -58,13 +59,8 @@ def check_pages(
             f"sparse_attn.{function}: block_table without cache_seqlens; pass the number of keys "
             "of each sequence, int32 [batch] or one int."
         )
-    lens = torch.as_tensor(cache_seqlens, dtype=torch.int32, device="cpu").expand(batch)
     capacity = block_table.shape[1] * k_cache.shape[1]
-    if not torch.compiler.is_compiling() and bool(((lens < 0) | (lens > capacity)).any()):
-        raise ValueError(
-            f"sparse_attn.{function}: cache_seqlens is {lens.tolist()}; block_table's "
-            f"{block_table.shape[1]} pages of {k_cache.shape[1]} keys hold 0 to {capacity}."
-        )
+    ranges = cache_ranges(function, cache_seqlens, batch, seqlen_q, capacity, q_offset)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         reason = "cpu: it has no gradient through a paged cache (block_table)"
         raise UnsupportedError(
@@ -72,10 +68,7 @@ def check_pages(
             "call it under torch.no_grad(), or pass k and v as whole tensors.",
             [reason],
         )
-    zeros = torch.zeros_like(lens)
-    offsets = lens - seqlen_q if q_offset is None else torch.full_like(lens, q_offset)
-    ranges = torch.stack((zeros, torch.full_like(lens, seqlen_q), zeros, lens, offsets), dim=1)
-    return ranges.contiguous()
+    return ranges
 
 
 def gather_pages(k: Tensor, pages: Tensor, seqlen_k: int) -> Tensor:

@@ -313,6 +313,9 @@ ARGUMENTS = {
                        pattern=SparseIndex.dense(9, 12, num_heads=3)),
     "index batch": bad(ValueError, "the index has batch 2; pass one with 1 or 1",
                        pattern=SparseIndex.stack([SparseIndex.dense(9, 12)] * 2)),
+    "scale nan": bad(ValueError, "softmax_scale=nan is not finite", softmax_scale=float("nan")),
+    "causal": bad(TypeError, "causal is a str; pass True or False", causal="no"),
+    "offset": bad(TypeError, "q_offset is a float; pass an int", q_offset=1.5),
     "softcap 0": bad(ValueError, "softcap=0.0 is not above 0; pass None for none", softcap=0.0),
     "softcap -1": bad(ValueError, "softcap=-1.0 is not above 0", softcap=-1.0),
     "softcap nan": bad(ValueError, "softcap=nan is not above 0", softcap=float("nan")),
@@ -423,10 +426,34 @@ def test_wrong_varlen(kwargs, text):
 
 @pytest.mark.parametrize("lens", [13, -1, torch.tensor([13])])
 def test_wrong_cache_lengths(lens):
-    with pytest.raises(ValueError, match="sequence 0 .*outside of 1 rows and 12 keys"):
+    with pytest.raises(ValueError, match="attention_decode: cache_seqlens .* holds 0 to 12 keys"):
         sparse_attn.attention_decode(*tensors(1, 12), cache_seqlens=lens)
     with pytest.raises(ValueError, match="sparse_attn.attention_decode: q has 3 dimensions"):
         sparse_attn.attention_decode(torch.ones(4, 1, 16), *tensors(1, 12)[1:], cache_seqlens=lens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        (
+            {"cache_seqlens": torch.tensor([4, 4])},
+            ValueError,
+            r"has shape \(2,\); pass int32 \[1\]",
+        ),
+        ({"cache_seqlens": torch.tensor([[4]])}, ValueError, r"has shape \(1, 1\)"),
+        ({"cache_seqlens": 4.5}, TypeError, "cache_seqlens is torch.float32; pass int32"),
+        ({"q_offset": 2.0}, TypeError, "q_offset is a float; pass an int"),
+    ],
+)
+@pytest.mark.parametrize("paged", [False, True])
+def test_wrong_lengths_and_offsets_of_a_cache(changes, error, text, paged):
+    q, k, v = tensors(1, 16)
+    more = {"cache_seqlens": 9} | changes
+    if paged:
+        k, v = (x.transpose(1, 2) for x in (k, v))
+        more["block_table"] = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(error, match=f"sparse_attn.attention_decode: .*{text}"):
+        sparse_attn.attention_decode(q, k, v, **more)
 
 
 def test_wrong_parts_to_merge():

@@ -171,8 +171,8 @@ def call(**changes):
 TABLE = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32)
 WRONG = {
     "no lengths": ({"cache_seqlens": None}, ValueError, "block_table without cache_seqlens"),
-    "length past the pages": ({"cache_seqlens": 49}, ValueError, "hold 0 to 48"),
-    "negative length": ({"cache_seqlens": -1}, ValueError, "hold 0 to 48"),
+    "length past the pages": ({"cache_seqlens": 49}, ValueError, "holds 0 to 48"),
+    "negative length": ({"cache_seqlens": -1}, ValueError, "holds 0 to 48"),
     "a list": ({"block_table": [[0, 1, 2]]}, TypeError, "block_table is a list"),
     "int64": ({"block_table": TABLE.long()}, ValueError, "contiguous int32"),
     "one dimension": ({"block_table": TABLE[0]}, ValueError, "contiguous int32"),

@@ -648,6 +648,8 @@ def test_resolve_lists_and_objects():
         ("sliding_window", ValueError, r"needs arguments; pass SlidingWindow\(\.\.\.\)"),
         ("per_head", ValueError, r"needs arguments; pass PerHead\(\.\.\.\)"),
         (3, TypeError, "pattern is a int"),
+        (AShape, TypeError, r"pattern is the class AShape; pass an instance, AShape\(\.\.\.\)"),
+        (torch.ones(2, 2), TypeError, r"a tensor \(2, 2\); for a boolean mask pass SparseIndex"),
         (["dense", 3], TypeError, "3 is a int"),
         (["dense"], ValueError, "1 patterns for 2 query heads"),
         (PerHead([Dense()]), ValueError, "1 of 2 heads have a pattern"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from sparse_attn.patterns.adaptive import Adaptive
 from sparse_attn.patterns.anchor import AnchorAttention
 from sparse_attn.patterns.base import Pattern
@@ -86,10 +88,7 @@ def resolve(
         by_head.check_num_heads(num_heads)
         return by_head
     if not isinstance(pattern, Sequence):
-        raise TypeError(
-            f"sparse_attn.patterns.resolve: pattern is a {type(pattern).__name__}; pass a Pattern, "
-            f"a name ({_known()}), a list of them per query head, or a dict from head to one."
-        )
+        raise TypeError(f"sparse_attn.patterns.resolve: pattern is {_what_to_pass(pattern)}")
     if len(pattern) != num_heads:
         raise ValueError(
             f"sparse_attn.patterns.resolve: {len(pattern)} patterns for {num_heads} query heads; "
@@ -99,6 +98,20 @@ def resolve(
     if members and all(member == members[0] for member in members):
         return members[0]  # no grouping to do, and the index may be one that all heads share
     return PerHead(members)
+
+
+def _what_to_pass(given: object) -> str:
+    if isinstance(given, type):
+        return f"the class {given.__name__}; pass an instance, {given.__name__}(...)."
+    if isinstance(given, torch.Tensor):
+        return (
+            f"a tensor {tuple(given.shape)}; for a boolean mask pass "
+            "SparseIndex.from_dense_mask(mask), for a grid of blocks SparseIndex.from_blocks(...)."
+        )
+    return (
+        f"a {type(given).__name__}; pass a Pattern, a name ({_known()}), a list of them per query "
+        "head, or a dict from head to one."
+    )
 
 
 def _resolve_one(pattern: Pattern | str) -> Pattern:
