@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from sparse_attn import backends, dispatch, ops
+from sparse_attn import backends, dispatch, known_calls, ops
 from sparse_attn.arguments import (
     cache_ranges,
     check_numerics,
@@ -23,6 +22,7 @@ from sparse_attn.arguments import (
 from sparse_attn.index import SparseIndex
 from sparse_attn.paged import check_pages, gather_pages
 from sparse_attn.patterns import Dense, Pattern, resolve
+from sparse_attn.patterns.base import scale_or_default
 from sparse_attn.patterns.per_head import same_tiles
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 # new length at every step).
 _static_indexes: dict[tuple[object, ...], SparseIndex] = {}
 _MAX_STATIC_INDEXES = 256
-
-# What calls of static patterns have come to, by all that decided it: the index, q_offset and
-# softmax_scale. A short call that was made before is looked up here and not checked again.
-_known_calls: dict[tuple[object, ...], tuple[SparseIndex, int, float]] = {}
 
 
 def attention(
@@ -103,10 +99,9 @@ def attention(
         torch.Size([1, 4, 1024, 64])
     """
     plain = softcap is None and sinks is None and backend == "auto"
-    key = _call_key(pattern, q, k, v, causal, softmax_scale, q_offset) if plain else None
-    if key is not None and (known := _known_calls.get(key)) is not None:
-        out, lse = _repeat(known, q, k, v, causal)
-        return (out, lse) if return_lse else out
+    key = known_calls.key_of(pattern, q, k, v, causal, softmax_scale, q_offset) if plain else None
+    if key is not None and (known := known_calls.repeat(key, q, k, v, causal)) is not None:
+        return known if return_lse else known[0]
     check_qkv("attention", q, k, v)
     check_numerics("attention", q.shape[1], causal, softmax_scale, softcap, sinks)
     check_offset("attention", q_offset)
@@ -131,10 +126,8 @@ def attention(
             "build it for these lengths."
         )
     out, lse = _run("attention", q, k, v, index, None, offset, *numerics)
-    if key is not None and _is_static(chosen) and index.is_list_free:
-        if len(_known_calls) >= _MAX_STATIC_INDEXES:
-            _known_calls.clear()
-        _known_calls[key] = (index, offset, _scale(q, softmax_scale))
+    if key is not None:
+        known_calls.keep(key, chosen, index, q, offset, softmax_scale)
     return (out, lse) if return_lse else out
 
 
@@ -440,66 +433,11 @@ def _run(
         seq_ranges=seq_ranges,
         q_offset=q_offset,
         causal=causal,
-        softmax_scale=_scale(q, softmax_scale),
+        softmax_scale=scale_or_default(q, softmax_scale),
         softcap=softcap or 0.0,
         sinks=sinks,
         block_table=block_table,
     )
-
-
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
-    return 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else softmax_scale
-
-
-def _call_key(
-    pattern: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool,
-    softmax_scale: float | None,
-    q_offset: int | None,
-) -> tuple[object, ...] | None:
-    """All that decides what a call of a static pattern comes to; None where that is not kept.
-
-    Strides are missing: the operator asks for them itself.
-    """
-    if type(pattern) is not str and getattr(pattern, "data_dependent", True):
-        return None
-    if not (type(q) is type(k) is type(v) is Tensor) or _is_tracing():
-        return None
-    if not (q.is_cpu and k.is_cpu and v.is_cpu):
-        return None
-    shapes, dtypes = (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype)
-    return (pattern, shapes, dtypes, causal, softmax_scale, q_offset)
-
-
-def _is_static(chosen: Pattern) -> bool:
-    """Whether a call's shapes alone decide what runs."""
-    return not chosen.data_dependent and not chosen.approximates
-
-
-def _repeat(
-    known: tuple[SparseIndex, int, float], q: Tensor, k: Tensor, v: Tensor, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """A call like one that has passed all checks."""
-    index, offset, scale = known
-    try:
-        return ops.attention(
-            q,
-            k,
-            v,
-            index,
-            seq_ranges=None,
-            q_offset=offset,
-            causal=causal,
-            softmax_scale=scale,
-            softcap=0.0,
-            sinks=None,
-        )
-    except RuntimeError:
-        check_qkv("attention", q, k, v)  # says what is allowed of strides
-        raise
 
 
 def _banded(
@@ -559,7 +497,7 @@ def _paying(
     `read` gives the keys where k only has their shape: they are not read for a dense index.
     """
     numerics = (causal, softmax_scale, q_offset)
-    may_fall_back = not _is_tracing() and dispatch.applies(chosen, q, fallback)
+    may_fall_back = not known_calls.is_tracing() and dispatch.applies(chosen, q, fallback)
     if may_fall_back and dispatch.before(chosen, q, k, causal, q_offset).dense:
         return _built(Dense(), q, k, *numerics)
     keys = k if read is None else read()
@@ -578,7 +516,7 @@ def _built(
     q_offset: int,
 ) -> SparseIndex:
     """The index that `chosen`, a pattern for the heads of q, builds."""
-    if chosen.data_dependent or _is_tracing():
+    if chosen.data_dependent or known_calls.is_tracing():
         with torch.no_grad():
             return chosen.build(q, k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset)
     # Such an index depends on shapes alone. Without lists it is a few small tensors, and making
@@ -597,11 +535,6 @@ def _built(
         if index.is_list_free:
             _static_indexes[key] = index
     return index
-
-
-def _is_tracing() -> bool:
-    """Whether tensors may be stand-ins, which must not be kept."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _ranges_index(

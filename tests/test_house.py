@@ -22,7 +22,7 @@ LAYERS = (
     {"env", "errors", "ops"},
     {"convert", "density", "drawing", "index", "lists", "refine", "selection"},
     {"patterns"},
-    {"arguments", "backends", "dispatch", "paged", "attention"},
+    {"arguments", "backends", "dispatch", "known_calls", "paged", "attention"},
 )
 """Modules or subpackages, lowest first; one may import its own layer and those below it.
 
