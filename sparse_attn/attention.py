@@ -64,7 +64,7 @@ def attention(
 
     Args:
         q: [batch, num_heads, seqlen_q, head_dim], float32, bfloat16 or float16; head_dim a
-            multiple of 8 up to 256; any strides with a contiguous last dimension.
+            multiple of 8 up to 512 (on CUDA 256); any strides with a contiguous last dimension.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v]; head_dim_v as free as head_dim.
         pattern: a Pattern; a pattern's name; one of them per query head (a sequence, or a mapping

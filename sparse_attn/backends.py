@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_attn.ops import load_cuda
+from sparse_attn.ops import MAX_CUDA_HEAD_DIM, MAX_HEAD_DIM, load_cuda
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +45,11 @@ class Problem(NamedTuple):
     requires_grad: bool = False
 
 
+def _too_wide(head_dim: int, head_dim_v: int, most: int) -> list[str]:
+    dims = (("head_dim", head_dim), ("head_dim_v", head_dim_v))
+    return [f"{name}={dim} is above {most}" for name, dim in dims if dim > most]
+
+
 def _cpu_reasons(problem: Problem) -> list[str]:
     device_type, dtype, head_dim, head_dim_v, bias_requires_grad, _ = problem
     reasons = []
@@ -52,10 +57,8 @@ def _cpu_reasons(problem: Problem) -> list[str]:
         reasons.append(f"it runs tensors on cpu, these are on {device_type}")
     if dtype not in _DTYPES:
         reasons.append(f"it runs float32, bfloat16 and float16, not {dtype}")
-    if head_dim > 256:
-        reasons.append(f"head_dim={head_dim} is above 256")
-    if head_dim_v > 256:
-        reasons.append(f"head_dim_v={head_dim_v} is above 256")
+    if head_dim > MAX_HEAD_DIM or head_dim_v > MAX_HEAD_DIM:  # rarely: asked in every call
+        reasons += _too_wide(head_dim, head_dim_v, MAX_HEAD_DIM)
     if bias_requires_grad:
         reasons.append("it has no gradient of column_bias; detach it")
     return reasons
@@ -68,10 +71,7 @@ def _cuda_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"it runs bfloat16 and float16, not {problem.dtype}")
-    if problem.head_dim > 256:
-        reasons.append(f"head_dim={problem.head_dim} is above 256")
-    if problem.head_dim_v > 256:
-        reasons.append(f"head_dim_v={problem.head_dim_v} is above 256")
+    reasons += _too_wide(problem.head_dim, problem.head_dim_v, MAX_CUDA_HEAD_DIM)
     if problem.requires_grad or problem.bias_requires_grad:
         reasons.append("it has no gradient; detach the inputs, or call it under torch.no_grad()")
     return reasons

@@ -117,7 +117,7 @@ def test_feature(feature, seqlen_q, seqlen_k, dtype):
 @pytest.mark.parametrize(
     ("head_dim", "head_dim_v"),
     [(8, 8), (16, 256), (40, 72), (64, 8), (72, 40), (80, 96), (96, 80), (128, 128), (200, 16),
-     (256, 200)],
+     (256, 200), (320, 512), (512, 264)],
 )  # fmt: skip
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(3, 129), (100, 77)])
 def test_head_dims(head_dim, head_dim_v, dtype, seqlen_q, seqlen_k):

@@ -52,6 +52,7 @@ CASES = [
     Case("dense-group3", heads=6, heads_kv=2),
     Case("dense-group4", heads=8, heads_kv=2, head_dim=24),
     Case("dense-dims", head_dim=40, head_dim_v=72, seqlen_q=19),
+    Case("dense-wide", head_dim=512, head_dim_v=320, seqlen_q=19),
     Case("dense-long", seqlen_q=150, seqlen_k=301, head_dim=64, head_dim_v=64, heads=2),
     # Enough tiles for the keys' gradients to be added up from several parts.
     Case("dense-parts", seqlen_q=1000, seqlen_k=1050, heads_kv=1),

@@ -327,10 +327,10 @@ ARGUMENTS = {
     "float64": bad(UnsupportedError, "cpu: it runs float32, .* not torch.float64",
                    q=torch.ones(1, 4, 9, 16, dtype=F64), k=torch.ones(1, 2, 12, 16, dtype=F64),
                    v=torch.ones(1, 2, 12, 16, dtype=F64)),
-    "head_dim 264": bad(UnsupportedError, "head_dim=264 is above 256",
-                        q=torch.ones(1, 4, 9, 264), k=torch.ones(1, 2, 12, 264)),
-    "head_dim_v 264": bad(UnsupportedError, "head_dim_v=264 is above 256", backend="cpu",
-                          v=torch.ones(1, 2, 12, 264)),
+    "head_dim 520": bad(UnsupportedError, "head_dim=520 is above 512",
+                        q=torch.ones(1, 4, 9, 520), k=torch.ones(1, 2, 12, 520)),
+    "head_dim_v 520": bad(UnsupportedError, "head_dim_v=520 is above 512", backend="cpu",
+                          v=torch.ones(1, 2, 12, 520)),
 }  # fmt: skip
 
 

@@ -163,6 +163,16 @@ def test_attention_is_exact_over_what_was_chosen(name, seqlen_q, seqlen_k):
 
 
 @each
+@pytest.mark.parametrize("seqlen_q", [200, 1])
+def test_the_largest_head_dim(name, seqlen_q):
+    """Zeros behind 32 numbers of a head, up to 512, change no score and so no choice."""
+    q, k, _ = ((4 * x).round() / 4 for x in inputs(seqlen_q, 260, batch=1))  # exact in any order
+    wide = [torch.nn.functional.pad(x, (0, 480)) for x in (q, k)]
+    narrow, found = (EVERY[name]().build(*x, softmax_scale=32**-0.5) for x in ((q, k), wide))
+    assert torch.equal(found.to_dense_mask(), narrow.to_dense_mask())
+
+
+@each
 def test_half_precision_and_other_strides(name):
     q, k, v = (
         x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -6,6 +6,9 @@
 
 namespace sparse_attn {
 
+constexpr int kMaxHeadDim = 512;      // of any backend
+constexpr int kMaxCudaHeadDim = 256;  // of the CUDA kernels
+
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 // Internal linkage: translation units built for different instruction sets must not share it.

@@ -120,9 +120,9 @@ SPARSE_ATTN_INLINE void backward_panel(BackwardTile& b, const KeyChunk& c, const
     constexpr int kKeys = decltype(group)::value;
     fetch.some();
     float* s = t.scores + i * kTileRows + row;
-    score<kKeys, kVecs>(panel(t.q, row), keys + i, t.head_dim, s);
+    score<kKeys, kVecs>(panel(t.q, t.head_dim, row), keys + i, t.head_dim, s);
     float* g = b.grad_scores + i * kTileRows + row;
-    score<kKeys, kVecs>(panel(b.grad_out, row), values + i, t.head_dim_v, g);
+    score<kKeys, kVecs>(panel(b.grad_out, t.head_dim_v, row), values + i, t.head_dim_v, g);
   };
   for_groups<kGroup<kVecs>>(
       scored, [&](int i) { score_both(i, Int<kGroup<kVecs>>{}); },
@@ -137,7 +137,8 @@ SPARSE_ATTN_INLINE void backward_panel(BackwardTile& b, const KeyChunk& c, const
   const auto gather = [&](int d, auto group) __attribute__((always_inline)) {
     fetch.some();
     accumulate<decltype(group)::value, kVecs, kTileRows>(
-        b.grad_scores + row, keys, d, count, t.alpha + row, panel(t.acc, row) + d * kPanelRows);
+        b.grad_scores + row, keys, d, count, t.alpha + row,
+        panel(t.acc, t.head_dim, row) + d * kPanelRows);
   };
   for_groups<kGroup<kVecs>>(
       t.head_dim, [&](int d) { gather(d, Int<kGroup<kVecs>>{}); },

@@ -150,13 +150,13 @@ class TileSearch {
 
   const char* one_row(int64_t head, int64_t row, int r) {
     if (p_.dtype == DType::kFloat32) return query(head, row);
-    float* to = space.q_rows + r * kMaxHeadDim;
+    float* to = space.q_rows + r * p_.head_dim;
     kernels_.widen(query(head, row), to, p_.head_dim, p_.dtype);
     return reinterpret_cast<const char*>(to);
   }
 
   const char* mean_row(int64_t head, int64_t row, int r) {
-    float* to = space.q_rows + r * kMaxHeadDim;
+    float* to = space.q_rows + r * p_.head_dim;
     const int64_t count = std::min(search_.stride_q, rows_ - row);
     std::fill_n(to, p_.head_dim, 0.0f);
     for (int64_t i = 0; i < count; ++i) {
@@ -173,7 +173,7 @@ class TileSearch {
     for (int64_t i = 0; i < count; ++i) {
       c.k[i] = key(first + i);
       if (k_.dtype == DType::kFloat32) continue;
-      float* to = space.tile.k_wide + i * kMaxHeadDim;
+      float* to = space.tile.k_wide + i * p_.head_dim;
       kernels_.widen(c.k[i], to, p_.head_dim, k_.dtype);
       c.k[i] = reinterpret_cast<const char*>(to);
     }

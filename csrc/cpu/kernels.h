@@ -10,7 +10,6 @@
 
 namespace sparse_attn::cpu {
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kRankLevels = 126;  // levels, and one more code, fit in seven bits
 constexpr int kMaxDimRows = 8;    // a tile vectorised over head_dim has at most this many rows
 

@@ -198,10 +198,10 @@ SPARSE_ATTN_INLINE void pair_values(const char* a, const char* b, int n, uint16_
 
 // q and acc are panels of kPanelRows rows one after another, [panel][dim][row of the panel]: with
 // rows of all panels side by side one panel's lines would fall into a few sets of a small L1 cache.
-// Where a row begins; the rows of its vector follow.
+// Where a row of `dims` numbers begins; the rows of its vector follow.
 template <class T>
-SPARSE_ATTN_INLINE T* panel(T* base, int row) {
-  return base + row / kPanelRows * (kMaxHeadDim * kPanelRows) + row % kPanelRows;
+SPARSE_ATTN_INLINE T* panel(T* base, int dims, int row) {
+  return base + row / kPanelRows * (dims * kPanelRows) + row % kPanelRows;
 }
 
 // P of the panel in flight, [key][row of the panel], for the same reason; where a panel is the
@@ -275,7 +275,7 @@ SPARSE_ATTN_INLINE void score_panel(Tile& t, const KeyChunk& c, const char* cons
                                     int first_row, bool own_values, Fetch* fetch) {
   const int n = (count + kKeyPadding - 1) / kKeyPadding * kKeyPadding;
   const int value_bytes = t.head_dim_v * static_cast<int>(element_size(t.dtype));
-  const float* q = panel(t.q, first_row);
+  const float* q = panel(t.q, t.head_dim, first_row);
   float* s = t.scores + first_row;
   const auto run = [&](int i, auto group) __attribute__((always_inline)) {
     constexpr int kKeys = decltype(group)::value;
@@ -393,7 +393,7 @@ SPARSE_ATTN_KERNEL void softmax_panel(Tile& t, int keys, int first_row, float sc
 template <int kVecs>
 SPARSE_ATTN_INLINE void accumulate_panel(Tile& t, const char* const* values, int count,
                                          int first_row, Fetch& fetch) {
-  float* o = panel(t.acc, first_row);
+  float* o = panel(t.acc, t.head_dim_v, first_row);
   const float* p = panel_probabilities(t, first_row);
   const float* alpha = t.alpha + first_row;
   const auto run = [&](int d, auto group) __attribute__((always_inline)) {
@@ -512,7 +512,7 @@ SPARSE_ATTN_INLINE void transpose_rows(const char* const* from, int rows, int n,
         for (int i = 0; i < kLanes; ++i)
           x[i] = r + i < rows ? load_row(from[r + i], d, n, decltype(type)::value) : Vec{};
         transpose(x);
-        float* at = panel(to, r) + d * kPanelRows;
+        float* at = panel(to, n, r) + d * kPanelRows;
         const int count = n - d < kLanes ? n - d : kLanes;
         for (int i = 0; i < count; ++i) store(at + i * kPanelRows, x[i]);
       }
@@ -522,7 +522,7 @@ SPARSE_ATTN_INLINE void transpose_rows(const char* const* from, int rows, int n,
 
 SPARSE_ATTN_INLINE void clear_panels(float* to, int rows, int dim) {
   for (int r = 0; r < rows; r += kPanelRows)
-    memset(panel(to, r), 0, sizeof(float) * dim * kPanelRows);
+    memset(panel(to, dim, r), 0, sizeof(float) * dim * kPanelRows);
 }
 
 SPARSE_ATTN_KERNEL void row_begin(Tile& t) {
@@ -574,7 +574,7 @@ SPARSE_ATTN_INLINE void write_rows(const float* from, const float* factor, int r
       const Vec f = load(factor + r);
       for (int d = 0; d < dim; d += kLanes) {
         const int n = dim - d < kLanes ? dim - d : kLanes;
-        const float* at = panel(from, r) + d * kPanelRows;
+        const float* at = panel(from, dim, r) + d * kPanelRows;
         Vec x[kLanes];
         for (int i = 0; i < kLanes; ++i) x[i] = i < n ? load(at + i * kPanelRows) * f : Vec{};
         transpose(x);

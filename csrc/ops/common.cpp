@@ -38,8 +38,8 @@ DType dtype_of(const Tensor& x) {
 }
 
 void check_head_dim(int64_t dim) {
-  STD_TORCH_CHECK(dim > 0 && dim % 8 == 0 && dim <= 256, "sparse_attn: head_dim=", dim,
-                  " is not a multiple of 8 up to 256");
+  STD_TORCH_CHECK(dim > 0 && dim % 8 == 0 && dim <= kMaxHeadDim, "sparse_attn: head_dim=", dim,
+                  " is not a multiple of 8 up to ", kMaxHeadDim);
 }
 
 int64_t count_sequences(const AttentionArgs& args) {

@@ -219,7 +219,7 @@ def enable(
     From then on `torch.nn.functional.scaled_dot_product_attention` chooses keys by `pattern` where
     rows and keys are as many (self-attention) or the call is causal. Gradients are those of the
     sparse attention. torch computes, as before: calls with an attn_mask (whatever is in it) or
-    dropout, cross-attention, float64, head dimensions that are no multiple of 8 or above 256, and
+    dropout, cross-attention, float64, head dimensions that are no multiple of 8 or above 512, and
     tensors that are not on the CPU. Causality is torch's: aligned at the top left.
 
     torch keeps one implementation active: one that was active before comes back when this one is

@@ -24,10 +24,18 @@ from sparse_attn.ops.centroids import (
     nearest_centroids,
 )
 from sparse_attn.ops.hip import hip_stage, hip_tree, leaf_lists
-from sparse_attn.ops.library import cpu_capability, load_cuda, on_cpu
+from sparse_attn.ops.library import (
+    MAX_CUDA_HEAD_DIM,
+    MAX_HEAD_DIM,
+    cpu_capability,
+    load_cuda,
+    on_cpu,
+)
 from sparse_attn.ops.selection import top_k, vertical_slash_lists, window_scores
 
 __all__ = [
+    "MAX_CUDA_HEAD_DIM",
+    "MAX_HEAD_DIM",
     "GridArgs",
     "adaptive_lists",
     "anchor_lists",

@@ -59,6 +59,10 @@ _load(
 )
 OPS = torch.ops.sparse_attn
 
+MAX_HEAD_DIM = 512
+"""Of the CPU operators; csrc/core/types.h has the same."""
+MAX_CUDA_HEAD_DIM = 256
+
 
 def on_cpu(x: Tensor) -> bool:
     """Whether the native operators that choose keys take a tensor; else plain torch does it."""

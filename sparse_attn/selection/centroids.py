@@ -108,7 +108,7 @@ def cluster_means(keys: Tensor, weights: Tensor | None, indptr: Tensor, members:
     rows = rows.flatten(0, 1).gather(1, order[..., None].expand(-1, -1, keys.shape[-1]))
     sums = rows.new_zeros(rows.shape[0], counts.shape[-1], keys.shape[-1])
     sums.scatter_add_(1, of[..., None].expand_as(rows), rows)
-    return sums.view(*counts.shape, -1) / counts.clamp(min=1)[..., None]
+    return sums.view(*counts.shape, keys.shape[-1]) / counts.clamp(min=1)[..., None]
 
 
 def centroid_scores(

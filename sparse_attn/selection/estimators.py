@@ -56,7 +56,7 @@ def native_inputs(q: Tensor, k: Tensor) -> bool:
         ops.on_cpu(q)
         and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and q.shape[-1] % 8 == 0
-        and 0 < q.shape[-1] <= 256
+        and 0 < q.shape[-1] <= ops.MAX_HEAD_DIM
         and q.stride(-1) == 1
         and k.stride(-1) == 1
     )

@@ -55,6 +55,9 @@ cuda::DeviceCall device_call(const AttentionArgs& args) {
   cuda::DeviceCall call;
   AttentionParams& p = call.call;
   p = call_params(args);
+  STD_TORCH_CHECK(p.head_dim <= kMaxCudaHeadDim && p.head_dim_v <= kMaxCudaHeadDim,
+                  "sparse_attn: the CUDA kernels run head_dim up to ", kMaxCudaHeadDim, ", not ",
+                  p.head_dim, " and ", p.head_dim_v);
   STD_TORCH_CHECK(p.dtype != DType::kFloat32,
                   "sparse_attn: the CUDA kernels run bfloat16 and float16, not float32");
   STD_TORCH_CHECK(p.seqlen_k <= (int64_t{1} << 31) - (int64_t{1} << 21),
