@@ -174,5 +174,6 @@ def recall(
             *zip(*picked, strict=True), s=12, facecolors="none", edgecolors="k", label="chosen"
         )
     axes.set(xlabel="time, share of dense", ylabel="mass lost, 1 - recall", yscale="log")
-    axes.legend(fontsize=7)
+    if by_kind:
+        axes.legend(fontsize=7)
     return axes

@@ -4,6 +4,8 @@
 import itertools
 import json
 import math
+import threading
+import time
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import torch
 import sparse_attn
 from sparse_attn import AShape, Dense, HeadPlan, PerHead, VerticalSlash, reference
 from sparse_attn.__main__ import main
-from sparse_attn.calibration import Trial, calibration, choose, default_candidates
+from sparse_attn.calibration import Trial, calibrate_with_trials, choose, default_candidates
 from sparse_attn.calibration.calibrate import seconds_of
+from sparse_attn.calibration.measure import TimeUp
+from sparse_attn.calibration.report import write_report
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -100,7 +104,7 @@ def test_recall_and_change_are_those_of_the_masks():
 
     with torch.no_grad(), wrapped_attention("sdpa", look):
         model.base_model(ids, use_cache=False)
-    found = calibration(model, ids, candidates=CANDIDATES, budget=1000)
+    found = calibrate_with_trials(model, ids, candidates=CANDIDATES, budget=1000)
     assert list(found.trials) == [0, 1, 2]
     for number, (module, q, k, v, scale) in caught.items():
         causal = torch.ones(90, 90, dtype=torch.bool).tril()
@@ -127,7 +131,9 @@ def test_recall_and_change_are_those_of_the_masks():
 def test_the_plan_says_what_was_chosen_and_keeps_its_recall():
     model, ids = tiny(), tokens(120)
     before = model.config._attn_implementation, torch.get_num_threads()
-    found = calibration(model, ids, candidates=CANDIDATES, recall=0.9, floor=0.6, model_id="x")
+    found = calibrate_with_trials(
+        model, ids, candidates=CANDIDATES, recall=0.9, floor=0.6, model_id="x"
+    )
     assert (model.config._attn_implementation, torch.get_num_threads()) == before
     plan = found.plan
     assert (plan.num_layers, plan.num_heads, plan.num_heads_kv, plan.model_id) == (3, 6, 3, "x")
@@ -156,7 +162,7 @@ def test_layers_with_a_window_of_their_own_stay():
         query_pre_attn_scalar=16,
     )
     told = []
-    found = calibration(
+    found = calibrate_with_trials(
         model,
         tokens(80),
         candidates=CANDIDATES,
@@ -170,14 +176,74 @@ def test_layers_with_a_window_of_their_own_stay():
         assert {head.pattern for head in found.plan.layers[layer]} == {Dense()}
 
 
-@pytest.mark.parametrize(("budget", "tried"), [(1e-3, 3), ("1h", 6)])
-def test_no_time_still_gives_a_plan(budget, tried):
-    """Three candidates are tried in any case, the others as long as there is time."""
-    windows = [AShape(1, n) for n in range(2, 8)]  # none keeps enough to leave out the next
-    found = calibration(tiny(), tokens(80), budget=budget, candidates=windows)
-    for layer in found.trials.values():
+class Clock:
+    """A clock that stands until somebody works."""
+
+    def __init__(self):
+        self.now, self.lock = 1000.0, threading.Lock()
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        with self.lock:
+            self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`time.monotonic`; a candidate on a head takes a second of it."""
+    from sparse_attn.calibration import measure
+
+    clock, attention = Clock(), measure.attention
+
+    def attempt(*args, **options):
+        clock.work(clock.cost)
+        return attention(*args, **options)
+
+    clock.cost = 1.0
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(measure, "attention", attempt)
+    return clock
+
+
+WINDOWS = [AShape(1, n) for n in range(2, 8)]  # none keeps enough to leave out the next
+
+
+@pytest.mark.parametrize(
+    ("budget", "tried"),
+    [
+        ("1h", [6, 6, 6]),
+        (75, [4, 3, 3]),  # a layer takes 7 s for dense attention and 6 for each candidate
+        (60, [3, 3]),  # fewer than three on the third
+        (49, [3, 3]),  # the time is up before the third
+        (1, []),
+    ],
+)
+def test_the_budget_is_kept(clock, budget, tried, tmp_path):
+    """But for the candidate that is under way; what was cut is said, and a state goes on there."""
+    ids, state, begin = tokens(80), tmp_path / "state", clock()
+    found = calibrate_with_trials(tiny(), ids, budget=budget, candidates=WINDOWS, state=state)
+    assert clock() - begin <= seconds_of(budget) + 6
+    for layer, count in zip(found.trials.values(), tried, strict=True):
         for head in layer:
-            assert [trial.pattern for trial in head] == [Dense(), *windows[:tried]]
+            assert [trial.pattern for trial in head] == [Dense(), *WINDOWS[:count]]
+    missing = 3 - len(tried)
+    said = [f"no time for {missing} of 3 layers: they stay dense"]
+    assert found.plan.measured.get("cut", []) == said * (missing > 0)
+    for layer in found.plan.layers[len(tried) :]:
+        assert {head.pattern for head in layer} == {Dense()}
+    assert 0.9 <= found.plan.measured["recall_mean"] <= 1
+    again = calibrate_with_trials(tiny(), ids, budget="1h", candidates=WINDOWS, state=state)
+    assert len(again.trials) == 3 and "cut" not in again.plan.measured
+    assert {n: again.trials[n] for n in found.trials} == found.trials
+
+
+def test_a_report_of_nothing(clock, tmp_path):
+    pytest.importorskip("matplotlib").use("agg")
+    found = calibrate_with_trials(tiny(), tokens(80), budget=1e-3, candidates=WINDOWS)
+    write_report(str(tmp_path / "report.html"), found, "")
+    assert "they stay dense" in (tmp_path / "report.html").read_text()
 
 
 # ------------------------------------------------------------------------------ resuming
@@ -196,7 +262,7 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
             raise Cut
 
     with pytest.raises(Cut):
-        calibration(model, ids, candidates=CANDIDATES, state=state, progress=cut)
+        calibrate_with_trials(model, ids, candidates=CANDIDATES, state=state, progress=cut)
     assert seen == [(1, 3), (2, 3)] and len(state.read_text().splitlines()) == 3
     first = state.read_text()
 
@@ -204,15 +270,17 @@ def test_a_run_that_was_cut_goes_on(tmp_path):
         seen.append((done, total))
         assert seconds >= 0
 
-    whole = calibration(model, ids, candidates=CANDIDATES, state=state, progress=rest)
+    whole = calibrate_with_trials(model, ids, candidates=CANDIDATES, state=state, progress=rest)
     assert seen[2:] == [(3, 3)] and state.read_text().startswith(first)
     model.base_model.forward = None  # nothing is missing: the text is not read again
-    again = calibration(model, ids, candidates=CANDIDATES, state=state, progress=rest)
+    again = calibrate_with_trials(model, ids, candidates=CANDIDATES, state=state, progress=rest)
     assert again.trials == whole.trials and len(seen) == 3
     assert again.plan.layers == whole.plan.layers
     for other in (tokens(91), ids):
         with pytest.raises(ValueError, match="state is of another (candidates, )?text|candidates"):
-            calibration(model, other, candidates=CANDIDATES[: other.shape[1] - 88], state=state)
+            calibrate_with_trials(
+                model, other, candidates=CANDIDATES[: other.shape[1] - 88], state=state
+            )
 
 
 @pytest.mark.parametrize(
@@ -284,18 +352,57 @@ def test_the_command(saved, capsys):
     assert model.config._attn_implementation.startswith("sparse_attn_plan_")
 
 
-def test_most_of_the_budget_is_for_trials(saved, monkeypatch):
-    import sparse_attn.calibration.command as module
+@pytest.mark.parametrize(
+    ("slow", "cut"),
+    [
+        (0.1, []),
+        (1, []),
+        (1.6, ["the check read"]),
+        (2.6, ["no time for 1 of 3 layers", "the check read"]),
+        (3, ["no time for 1 of 3 layers", "no time for the check"]),
+        (3.6, ["no time for 2 of 3 layers", "no time for the check"]),
+    ],
+)
+def test_the_command_ends_within_its_budget(saved, monkeypatch, capsys, clock, slow, cut):
+    """On machines of any speed, loading and the check included."""
+    from sparse_attn.calibration import command as module
 
-    given = []
+    load, begin, budget = module._load, clock(), 300
+    clock.cost = slow
 
-    def calibration(*args, budget, **options):
-        given.append(budget)
-        raise ValueError("enough")
+    def slowly(*args):
+        model, tokenizer = load(*args)
+        clock.work(5 * slow)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(
+                lambda _, given: clock.work(0.1 * slow * given[0].shape[1])
+            )
+        return model, tokenizer
 
-    monkeypatch.setattr(module, "calibration", calibration)
-    assert command(saved, "--budget", "50m") == 1
-    assert 0.5 * 3000 < given[0] <= 0.6 * 3000
+    monkeypatch.setattr(module, "_load", slowly)
+    assert command(saved, "--budget", "5m") == 0
+    assert clock() - begin <= budget
+    measured = HeadPlan.load(saved / "plan.json").measured
+    said = measured.get("cut", [])
+    assert [sentence[: len(start)] for sentence, start in zip(said, cut, strict=True)] == cut
+    printed = capsys.readouterr().out
+    assert all(sentence in printed for sentence in said)
+    assert ("check" in measured) == ("no time for the check" not in cut)
+    if "check" in measured:
+        assert (measured["check"]["tokens"] == 100) == (not cut)
+
+
+def test_a_reading_ends_where_the_machine_became_slower(clock):
+    from sparse_attn.calibration.command import reading
+
+    model, begin = tiny(), clock()
+    before = model.config._attn_implementation
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: clock.work(10))
+    with pytest.raises(TimeUp):
+        reading(model, tokens(50), "dense", end=begin + 15)
+    assert clock() == begin + 20 and model.config._attn_implementation == before
+    assert math.isfinite(reading(model, tokens(50), "dense", end=clock() + 35)[0])
 
 
 def test_dry_run_writes_nothing(saved, capsys):

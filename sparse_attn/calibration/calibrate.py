@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sparse_attn import ops
 from sparse_attn.calibration.choose import Trial, choose
-from sparse_attn.calibration.measure import State, default_candidates, measure
+from sparse_attn.calibration.measure import State, default_candidates, measure, measured_layers
 from sparse_attn.heads import HeadPlan, PlannedHead, config_hash, describe
 from sparse_attn.heads.plan import text_config
 from sparse_attn.patterns import Dense, Pattern
 
+_CUT = "no time for {} of {} layers: they stay dense"
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -82,7 +83,8 @@ def calibrate(
         model: a transformers model, on the CPU.
         ids: int64 [1, tokens], a text like those that the plan is for, and as long.
         budget: wall time for measuring: seconds, or "90s", "5m", "1h". With little of it fewer
-            candidates are tried.
+            candidates are tried; layers that it doesn't reach stay dense, and
+            `plan.measured["cut"]` says so.
         recall: mean over all heads, in (0, 1].
         floor: of every single head, in [0, recall].
         candidates: patterns to try, in this order; default: A-shapes and vertical-slashes.
@@ -96,7 +98,7 @@ def calibrate(
     Raises:
         TypeError, ValueError: an argument is wrong, or `state` is of something else.
     """
-    return calibration(
+    return calibrate_with_trials(
         model,
         ids,
         budget=budget,
@@ -109,7 +111,7 @@ def calibrate(
     ).plan
 
 
-def calibration(
+def calibrate_with_trials(
     model: Any,
     ids: Tensor,
     *,
@@ -150,6 +152,9 @@ def calibration(
     config = text_config(model)
     heads = config.num_attention_heads
     everything = [trial for layer in picked.values() for trial in layer]
+    recalls = [trial.recall for trial in everything] or [1.0]
+    total = measured_layers(config, tokens)
+    missing = total - len(trials)
     plan = HeadPlan(
         tuple(
             tuple(map(_head, picked.get(number, [None] * heads)))  # its own window stays exact
@@ -164,11 +169,12 @@ def calibration(
             "dtype": key["dtype"],
             "cpu": ops.cpu_capability(),
             "recall_asked": recall,
-            "recall_mean": round(sum(t.recall for t in everything) / max(1, len(everything)), 5),
+            "recall_mean": round(sum(recalls) / len(recalls), 5),
             "attention_ms": round(sum(t.milliseconds for t in everything), 1),
             "dense_ms": round(sum(trials[0].milliseconds for trials in flat), 1),
             "seconds": round(time.monotonic() - begin, 1),
             "threads": torch.get_num_threads(),
+            **({"cut": [_CUT.format(missing, total)]} if missing else {}),
         },
     )
     return Calibration(plan, trials)

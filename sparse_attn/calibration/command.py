@@ -6,7 +6,8 @@
 The model reads the first tokens of the text with exact attention while candidates are tried on
 every head; then it reads the tokens that follow twice, exactly and with the plan, to say what the
 plan costs in perplexity. What was measured is kept in a state file beside the plan: the same
-command goes on where it stopped.
+command goes on where it stopped. The budget is kept on any machine: what it has no time for is
+left out (candidates, then layers, then tokens of the check), and the plan says what.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor
 
 from sparse_attn.attention import attention
-from sparse_attn.calibration.calibrate import calibration, seconds_of
-from sparse_attn.calibration.measure import default_candidates
+from sparse_attn.calibration.calibrate import calibrate_with_trials, seconds_of
+from sparse_attn.calibration.measure import TimeUp, default_candidates
 from sparse_attn.calibration.report import check_file, write_report
 from sparse_attn.demo import DTYPES, answer_nll, read_text
 from sparse_attn.heads import HeadPlan
@@ -32,7 +33,9 @@ from sparse_attn.integrations import smollm2
 from sparse_attn.integrations.transformers import enable, wrapped_attention
 from sparse_attn.patterns import Dense
 
-MEASURING = 0.6  # part of the budget for trials; loading and the check take the rest
+MEASURING = 0.6  # part of the budget for trials; the check takes the rest
+ENDING = 0.06  # part of the budget that is left for the report and for starting Python
+PROBE = 256  # tokens that are read to know how long the check will take
 
 
 def add_command(commands: Any) -> None:
@@ -84,11 +87,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print(_forecast(model, ids.shape[1]))
         return 0
     state = arguments.state or f"{arguments.output}.state"
-    part = max(1.0, (budget - (time.monotonic() - begin)) * MEASURING)
-    result = calibration(
+    end = begin + budget * (1 - ENDING)
+    result = calibrate_with_trials(
         model,
         ids,
-        budget=part,
+        budget=max(1e-3, (end - time.monotonic()) * (1.0 if arguments.no_check else MEASURING)),
         recall=arguments.recall,
         floor=arguments.floor,
         state=state,
@@ -98,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = result.plan
     plan.measured["text"] = source  # type: ignore[index]
     if not arguments.no_check and rest.shape[1] >= 2:
-        plan.measured["check"] = check(model, rest, plan)  # type: ignore[index]
+        _checked(model, rest, plan, end)
     plan.measured["seconds"] = round(time.monotonic() - begin, 1)  # type: ignore[index]
     plan.save(arguments.output)
     use = _lines_to_paste(arguments.output)
@@ -156,7 +159,9 @@ def _forecast(model: Any, tokens: int) -> str:
 
 
 @torch.no_grad()
-def reading(model: Any, ids: Tensor, choice: Any, start: int = 1) -> tuple[float, float]:
+def reading(
+    model: Any, ids: Tensor, choice: Any, start: int = 1, end: float = math.inf
+) -> tuple[float, float]:
     """One pass over a text: perplexity from token `start` on, and attention's processor seconds.
 
     Args:
@@ -164,11 +169,17 @@ def reading(model: Any, ids: Tensor, choice: Any, start: int = 1) -> tuple[float
         ids: int64 [1, tokens].
         choice: what `integrations.transformers.enable` takes.
         start: first position that is scored, at least 1.
+        end: of the time, by `time.monotonic`.
+
+    Raises:
+        TimeUp: `end` came before the text's.
     """
     spent = 0.0
 
     def clocked(function: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal spent
+        if time.monotonic() > end:
+            raise TimeUp
         begin = time.process_time()
         out = function(*args, **kwargs)
         spent += time.process_time() - begin
@@ -185,14 +196,51 @@ def reading(model: Any, ids: Tensor, choice: Any, start: int = 1) -> tuple[float
         return math.exp(answer_nll(model, hidden, ids, start)[0]), spent
 
 
-def check(model: Any, ids: Tensor, plan: HeadPlan) -> dict[str, float]:
-    """Perplexity and attention's processor time over `ids`, exact and with the plan."""
+def check(model: Any, ids: Tensor, plan: HeadPlan, end: float = math.inf) -> dict[str, float]:
+    """Perplexity and attention's processor time over `ids`, exact and with the plan.
+
+    As many tokens are read as the time up to `end` allows, by what the first few take.
+
+    Raises:
+        TimeUp: there is none, or it took longer than that.
+    """
+    begin = time.monotonic()
+    probe = ids[:, :PROBE]
+    reading(model, probe, "dense", end=end)
+    now = time.monotonic()
+    ids = ids[:, : _readable((now - begin) / probe.shape[1], end - now, ids.shape[1], plan)]
+    if ids.shape[1] < 2:
+        raise TimeUp
     found: dict[str, float] = {"tokens": ids.shape[1]}
     for name, choice in (("dense", "dense"), ("plan", plan)):
-        perplexity, seconds = reading(model, ids, choice)
+        perplexity, seconds = reading(model, ids, choice, end=end)
         found[f"{name}_perplexity"] = round(perplexity, 4)
         found[f"{name}_attention_cpu_s"] = round(seconds, 3)
     return found
+
+
+def _readable(pace: float, seconds: float, tokens: int, plan: HeadPlan) -> int:
+    """How many of `tokens` can be read twice in `seconds`, `pace` being those of one of the first.
+
+    Attention grows with the square: what it took of the calibrated tokens, on one thread, is added.
+    """
+    dense = plan.measured["dense_ms"] / 1e3 / plan.measured["tokens"] ** 2
+    left = max(0.0, seconds)
+    while tokens > 0 and 2 * (pace * tokens + dense * tokens**2) > left:
+        tokens = tokens * 7 // 8
+    return tokens
+
+
+def _checked(model: Any, ids: Tensor, plan: HeadPlan, end: float) -> None:
+    """Writes into the plan what its check found, or that there was no time for one."""
+    try:
+        found = plan.measured["check"] = check(model, ids, plan, end)  # type: ignore[index]
+        cut = f"the check read {found['tokens']} of {ids.shape[1]} tokens"
+        if found["tokens"] == ids.shape[1]:
+            return
+    except TimeUp:
+        cut = "no time for the check: perplexity was not measured"
+    plan.measured["cut"] = [*plan.measured.get("cut", ()), cut]  # type: ignore[index]
 
 
 def _lines_to_paste(file: str) -> str:

@@ -23,6 +23,7 @@ from sparse_attn.patterns import AShape, Dense, Pattern, VerticalSlash
 
 ENOUGH = 0.9995
 """Recall from which on a head tries nothing dearer."""
+_AT_LEAST = 3  # candidates that a layer needs to count as measured, where there are as many
 
 
 def default_candidates(tokens: int) -> tuple[Pattern, ...]:
@@ -116,6 +117,10 @@ class State:
                 stream.write(layer.to_json() + "\n")
 
 
+class TimeUp(Exception):
+    """The time is over; raised from inside a pass to end it."""
+
+
 @dataclass(frozen=True)
 class _Heads:
     """The tensors of one layer as its attention gets them."""
@@ -154,9 +159,18 @@ def _projection(module: Any, heads: int, head_dim: int) -> Tensor:
 
 
 def measure_layer(
-    number: int, tensors: _Heads, candidates: Sequence[Pattern], deadline: float, threads: int
+    number: int,
+    tensors: _Heads,
+    candidates: Sequence[Pattern],
+    deadline: float,
+    end: float,
+    threads: int,
 ) -> Layer:
-    """Every candidate on every head of a layer, until `deadline`; the first three in any case."""
+    """Every candidate on every head of a layer, until `deadline`; the first three until `end`.
+
+    Raises:
+        TimeUp: `end` came before the first three.
+    """
     heads = range(tensors.q.shape[1])
     with ThreadPoolExecutor(threads) as pool:
         tensors.run(0, Dense())  # a first call loads code
@@ -173,13 +187,16 @@ def measure_layer(
             trials[head].append(Trial(pattern, milliseconds, float(recall), change))
 
         for order, pattern in enumerate(candidates):
-            if order >= 3 and time.monotonic() > deadline:
+            now = time.monotonic()
+            if order < _AT_LEAST and now > end:
+                raise TimeUp
+            if order >= _AT_LEAST and now > deadline:
                 break
             list(pool.map(lambda head: attempt(head, pattern), heads))  # noqa: B023
     return Layer(number, trials)
 
 
-def _measured_layers(config: Any, tokens: int) -> int:
+def measured_layers(config: Any, tokens: int) -> int:
     """How many layers have no window of their own within `tokens`."""
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or tokens
@@ -203,10 +220,11 @@ def measure(
         ids: int64 [1, tokens].
         candidates: tried in this order, until the layer's part of the time is up.
         state: what was measured; layers are added to it.
-        seconds: wall time for all of it.
+        seconds: wall time for all of it. When it is up the pass ends, but for the candidate
+            under way; layers that were not reached are not in `state`.
         progress: told (layers done, layers, seconds that remain).
     """
-    total = _measured_layers(text_config(model), ids.shape[1])
+    total = measured_layers(text_config(model), ids.shape[1])
     threads = torch.get_num_threads()
     begin = time.monotonic()
     first = len(state.layers)
@@ -218,6 +236,9 @@ def measure(
         window = kw.get("sliding_window")
         if number not in state.layers and (window is None or window >= k.shape[2]):
             done = len(state.layers) + 1 - first
+            end = begin + seconds
+            if time.monotonic() > end:
+                raise TimeUp
             deadline = begin + seconds * done / (total - first)
             sinks = kw.get("s_aux")
             tensors = _Heads(
@@ -230,7 +251,7 @@ def measure(
             )
             torch.set_num_threads(1)
             try:
-                state.add(measure_layer(number, tensors, candidates, deadline, threads))
+                state.add(measure_layer(number, tensors, candidates, deadline, end, threads))
             finally:
                 torch.set_num_threads(threads)
             if progress is not None:
@@ -244,5 +265,7 @@ def measure(
         try:
             with wrapped_attention(handle.name, look):
                 model.base_model(ids, use_cache=False)
+        except TimeUp:
+            pass
         finally:
             model.set_attn_implementation(before)
