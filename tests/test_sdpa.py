@@ -254,3 +254,21 @@ def test_rejects() -> None:
     with pytest.raises(TypeError, match="decode is a float; pass a Pattern"):
         sdpa.enable("dense", decode=0.5)  # type: ignore[arg-type]
     assert torch_attention.current_flash_attention_impl() is None
+
+
+def test_a_vision_transformer_of_timm() -> None:
+    """All of its attention goes by the pattern, and is torch's where that sees every key."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        exact = model(image)
+        every = BlockSparse(top_k=13, block_m=16, block_n=16)  # 197 tokens
+        for pattern in (every, "dense"):
+            with sdpa.enable(pattern) as handle:
+                torch.testing.assert_close(model(image), exact)
+            assert handle.calls == {"sparse": len(model.blocks)}
+        with sdpa.enable(BlockSparse(top_k=4, block_m=16, block_n=16)):
+            assert not torch.allclose(model(image), exact)
+        assert torch.equal(model(image), exact)
