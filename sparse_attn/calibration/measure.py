@@ -23,6 +23,7 @@ from sparse_attn.patterns import AShape, Dense, Pattern, VerticalSlash
 
 ENOUGH = 0.9995
 """Recall from which on a head tries nothing dearer."""
+_DEALT = 0.85  # part of the time that is dealt to the layers: the last one must not find it spent
 _AT_LEAST = 3  # candidates that a layer needs to count as measured, where there are as many
 
 
@@ -239,7 +240,7 @@ def measure(
             end = begin + seconds
             if time.monotonic() > end:
                 raise TimeUp
-            deadline = begin + seconds * done / (total - first)
+            deadline = begin + _DEALT * seconds * done / (total - first)
             sinks = kw.get("s_aux")
             tensors = _Heads(
                 q,
