@@ -9,7 +9,9 @@ knows block by block: reads and writes out of bounds, races and uninitialised me
 """
 
 import atexit
+import copy
 import ctypes
+import dataclasses
 import functools
 import importlib
 import io
@@ -32,7 +34,9 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
 WORKERS = min(2, os.cpu_count() or 1)
-_STATISTICS = "statistics of the kernels"  # asked for like a function
+# Asked for like functions.
+_STATISTICS = "statistics of the kernels"
+_REPLAY = "replays of a graph"
 
 
 def _tools():
@@ -158,20 +162,46 @@ def run(function: str, *args: Any, seeds: Sequence[int] = SEEDS, fault: int = 0,
     return list(pool.map(one, seeds))
 
 
-def bank_use(function: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, dict[str, int]]]:
+def bank_use(
+    function: str, *args: Any, fault: int = 0, **kwargs: Any
+) -> dict[str, dict[str, dict[str, int]]]:
     """How the kernels of a call used the banks of shared memory: {kernel: {opcode: counts}}.
 
-    Of `function` as in `run`. Each kernel's name is mangled, its last launch counts; `wavefronts`
-    are what its accesses took, `least` what they would have taken without a conflict.
+    Of `function` and `fault` as in `run`. Each kernel's name is mangled, its last launch counts;
+    `wavefronts` are what its accesses took, `least` what they would have taken without a conflict.
     """
-    free, _ = _workers(False)
+    free, _ = _workers(fault != 0)
     worker = free.get()
     try:
-        worker.call((function, args, kwargs, 0, 0))
+        worker.call((function, args, kwargs, 0, fault))
         statistics: str = worker.call((_STATISTICS, (), {}, 0, 0))
     finally:
         free.put(worker)
     return {name: kernel["banks"] for name, kernel in json.loads(statistics).items()}
+
+
+def replay(function: str, *calls: dict[str, Any], seed: int = 0, fault: int = 0):
+    """Captures a call in a CUDA graph and replays it with what the others are given.
+
+    Of `function`, `seed` and `fault` as in `run`.
+
+    Args:
+        calls: keyword arguments, of the same shapes in each: before each replay, whose results hold
+            NaN, they are copied into the tensors of the first, which is the one that is captured,
+            after a call to warm up.
+
+    Returns:
+        the nodes of the graph, and a result for each of `calls`.
+
+    Raises:
+        RuntimeError: a call that a capture does not allow, or a finding of the simulator.
+    """
+    free, _ = _workers(fault != 0)
+    worker = free.get()
+    try:
+        return worker.call((_REPLAY, (function, *calls), {}, seed, fault))
+    finally:
+        free.put(worker)
 
 
 def on_device(function: str, *args: Any, **kwargs: Any) -> Any:
@@ -189,6 +219,48 @@ def on_device(function: str, *args: Any, **kwargs: Any) -> Any:
     return moved(result, "cpu")
 
 
+def _overwrite(to: Any, source: Any) -> None:
+    """Copies all tensors of one structure into those of another."""
+    if isinstance(to, torch.Tensor):
+        to.copy_(source)
+    elif isinstance(to, dict):
+        for name in to:
+            _overwrite(to[name], source[name])
+    elif dataclasses.is_dataclass(to):
+        _overwrite(vars(to), vars(source))
+    elif to != source:
+        raise ValueError(f"a graph of {to} cannot be replayed with {source}")
+
+
+def _replays(cudart: ctypes.CDLL, call: Callable, calls: Sequence[dict[str, Any]]) -> Any:
+    graph, launched, stream = ctypes.c_void_p(), ctypes.c_void_p(), None
+
+    def check(error: int) -> None:
+        if error:
+            raise RuntimeError(cudart.cudaGetErrorString(error).decode())
+
+    given = copy.deepcopy(calls[0])
+    call(**given)
+    check(cudart.cudaStreamBeginCapture(stream, 0))
+    try:
+        results = call(**given)
+    finally:
+        error = cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))
+    check(error)
+    check(cudart.cudaGraphInstantiate(ctypes.byref(launched), graph, 0))
+    nodes = json.loads(cudart.ptxemu_cudart_graph(graph).decode())
+    found = []
+    for other in calls:
+        _overwrite(given, other)
+        for result in results:
+            result.fill_(torch.nan)
+        check(cudart.cudaGraphLaunch(launched, stream))
+        found.append(tuple(result.clone() for result in results))
+    check(cudart.cudaGraphExecDestroy(launched))
+    check(cudart.cudaGraphDestroy(graph))
+    return nodes, found
+
+
 def _serve(module: str, runtime: str) -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write among the replies
@@ -203,7 +275,8 @@ def _serve(module: str, runtime: str) -> None:
     cudart = ctypes.CDLL(str(Path(runtime) / "libcudart.so.13"))
     seed_schedule: Callable[[int], None] = cudart.ptxemu_cudart_seed
     seed_schedule.argtypes = [ctypes.c_uint64]
-    cudart.ptxemu_cudart_kernel_stats.restype = ctypes.c_char_p
+    for name in ("ptxemu_cudart_kernel_stats", "ptxemu_cudart_graph", "cudaGetErrorString"):
+        getattr(cudart, name).restype = ctypes.c_char_p
     while True:
         try:
             function, args, kwargs, seed, fault = _read(requests)
@@ -214,6 +287,9 @@ def _serve(module: str, runtime: str) -> None:
         try:
             if function == _STATISTICS:
                 reply = ("result", cudart.ptxemu_cudart_kernel_stats().decode())
+            elif function == _REPLAY:
+                call = operator.attrgetter(args[0])(sparse_attn)
+                reply = ("result", _replays(cudart, call, args[1:]))
             else:
                 reply = ("result", operator.attrgetter(function)(sparse_attn)(*args, **kwargs))
         except Exception as error:

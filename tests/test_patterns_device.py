@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_attn
 from sparse_attn import CentroidIndex, CentroidLookup, PerHead, SparseIndex, ops
 from sparse_attn.lists import indptr_from_counts, unpack_bits
-from sparse_attn.selection import hip
+from sparse_attn.selection import hip, spherical_kmeans
 
 WAITS = {
     "aten::_local_scalar_dense": "item, int, bool",
@@ -145,15 +145,15 @@ def assert_same(native: SparseIndex, found: SparseIndex, rows: int) -> None:
 
 READS_BACK = {
     "VerticalSlash, exact": "the room that its masks may need is not bounded",
-    "CentroidLookup": "keys that are clustered in the call itself; the lookup is below",
-    "presets.squeezed": "the same",
 }
+# Keys are clustered in the call itself, whose means are summed in another order: see below.
+CLUSTERS = ("CentroidLookup", "presets.squeezed")
 SHAPES = [(130, 301), (333, 333), (1, 129), (5, 5), (70, 71)]
-names = pytest.mark.parametrize("name", [name for name in EVERY if name not in READS_BACK])
+NAMES = [name for name in EVERY if name not in READS_BACK]
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@names
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in CLUSTERS])
 def test_patterns_choose_the_same(name, causal):
     for seed, (seqlen_q, seqlen_k) in enumerate(SHAPES):
         heads = 6 if isinstance(getattr(EVERY[name](), "pattern", EVERY[name]()), PerHead) else 4
@@ -187,6 +187,29 @@ def test_centroid_lookup(options, levels):
     with off_cpu():
         found = lookup.build(q, k)
     assert_same(native, found, 70)
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_keys_are_clustered_in_the_call(name):
+    for seqlen_q, seqlen_k in SHAPES:
+        q, k = whole_numbers(seqlen_q, seqlen_k)
+        with off_cpu():
+            found = EVERY[name]().build(q, k, softmax_scale=0.25)
+        found.validate()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clusters_are_the_same(seed):
+    """Keys along the axes, whose sums are exact; fewer clusters than axes, or more."""
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.randint(8, (2, 3, 90), generator=generator)
+    lengths = torch.randint(-3, 4, (2, 3, 90, 1), generator=generator)
+    keys = torch.nn.functional.one_hot(axes, 8) * torch.exp2(lengths)
+    options = {"iterations": 1 + seed, "seed": seed, "tolerance": 0.0}
+    native = spherical_kmeans(keys, (3, 5, 12)[seed % 3], **options)
+    with off_cpu():
+        found = spherical_kmeans(keys, (3, 5, 12)[seed % 3], **options)
+    assert torch.equal(native, found)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -306,7 +329,7 @@ def test_refined_lists(shared):
 # --- no data at all ---
 
 
-@names
+@pytest.mark.parametrize("name", NAMES)
 def test_tensors_without_data(name):
     q = torch.empty(2, 6, 200, 64, device="meta")
     k = torch.empty(2, 3, 331, 64, device="meta")
@@ -315,4 +338,4 @@ def test_tensors_without_data(name):
 
 
 def test_nothing_is_left_out():
-    assert {*READS_BACK} <= {*EVERY} and PRESETS
+    assert {*READS_BACK, *CLUSTERS} <= {*EVERY} and PRESETS

@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 
 def test_runtime(folder):
-    """malloc, copies, symbols, streams, events, attributes, clusters; findings as error codes."""
+    """Memory, symbols, streams, events, graphs, attributes, clusters; findings as error codes."""
     item = compile_cuda("runtime.cu", folder / "runtime.o", "-c", *FAT_BINARY)
     program = folder / "runtime"
     subprocess.run(["g++", str(item), *link_flags(), "-o", str(program)], check=True)
@@ -54,7 +54,7 @@ def test_runtime(folder):
             [str(program)], capture_output=True, text=True, env=environment(PTXEMU_SEED=seed)
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("ok: ") == 19
+        assert done.stdout.count("ok: ") == 31
 
 
 USE = """

@@ -279,7 +279,7 @@ def calibrate_threshold(
         softmax_scale: default 1 / sqrt(head_dim).
 
     Returns:
-        The threshold for `CentroidIndex.lookup`.
+        The threshold for `CentroidIndex.lookup`: a number, so a device is waited for, once.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the text says what is allowed.

@@ -63,7 +63,8 @@ class VerticalSlash(Pattern):
         sink: forced first columns.
         local: forced nearest diagonals, the row's own included.
         chunk: rows that choose together, in tokens, a multiple of 64; None: all.
-        exact: element level, with row-validity bits for partly visible blocks.
+        exact: element level, with row-validity bits for partly visible blocks. Lists of a device
+            are then made on the CPU, so that a call waits for it.
 
     Raises:
         TypeError: a number is not an int, or `exact` no bool.

@@ -175,7 +175,7 @@ def centroid_scores(
         logits = logits.masked_fill(~used[:, :, None], float("-inf"))
         mass = torch.softmax(logits + counts.clamp(min=1)[:, :, None].log(), dim=-1)
         shares = mass / counts.clamp(min=1)[:, :, None]
-        by_head = shares.view(batch, heads_kv, group, -1, clusters).mean(3)
+        by_head = shares.view(batch, heads_kv, group, rows.shape[2] // group, clusters).mean(3)
         reduced = by_head.amax(2) if reduce_max else by_head.mean(2)
         scores.append(torch.where(used, reduced, -1.0))
     if not scores:
@@ -258,7 +258,8 @@ def spherical_kmeans(
     keys x clusters, whose labels the first iteration begins with. An iteration of Lloyd's
     algorithm takes the mean direction of every cluster and labels the keys anew. An empty cluster
     moves to a key that its own centroid serves worst. All heads draw the same random numbers, and
-    each stops by itself.
+    each stops by itself. On the CPU the work ends with the last of them; elsewhere all iterations
+    run, which changes nothing, so that no flag is read back.
 
     Args:
         keys: [batch, heads, n, head_dim], any floating dtype; lengths do not matter.
@@ -287,7 +288,8 @@ def spherical_kmeans(
         active = active & (moved > tolerance)
         if progress is not None:
             progress(iteration + 1, iterations, (scores * inverse).mean().item())
-        if not bool(active.any()):
+        # Elsewhere the answer would be waited for; heads that have stopped stay as they are.
+        if ops.on_cpu(keys) and not bool(active.any()):
             break
     return labels
 
@@ -332,7 +334,8 @@ def _fill_empty(
 ) -> Tensor:
     """Gives each empty cluster the direction of one of the keys that are served worst."""
     empty = indptr.diff(dim=-1) == 0
-    most = int(empty.sum(-1).max())
+    # Elsewhere their number would be waited for.
+    most = int(empty.sum(-1).max()) if ops.on_cpu(keys) else empty.shape[-1]
     if most == 0:
         return directions
     worst = torch.argsort(scores * inverse, dim=-1, stable=True)[..., :most]

@@ -91,6 +91,71 @@ static void launches() {
   check("cudaFree", cudaFree(device) == cudaSuccess);
 }
 
+static void graphs() {
+  constexpr int kCount = 100;
+  std::vector<float> host(kCount, 2);
+  float* device;
+  cudaStream_t stream;
+  cudaMalloc(&device, kCount * sizeof(float));
+  cudaStreamCreate(&stream);
+  const auto capture = [&](const char* what, cudaError_t expected, auto call) {
+    cudaGraph_t graph = nullptr;
+    cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal);
+    const bool right = call() == expected;
+    const bool spoilt = cudaStreamEndCapture(stream, &graph) == cudaErrorStreamCaptureInvalidated;
+    check(what, right && spoilt == (expected != cudaSuccess) && spoilt == (graph == nullptr));
+    cudaGetLastError();
+    return graph;
+  };
+  const float factors[2] = {3, 0.5f};
+  cudaMemcpyToSymbol(scale, factors, sizeof factors);
+  const cudaGraph_t graph = capture("a capture", cudaSuccess, [&] {
+    cudaMemcpyAsync(device, host.data(), kCount * sizeof(float), cudaMemcpyHostToDevice, stream);
+    scale_all<<<1, 128, 0, stream>>>(device, kCount);
+    scale_all<<<1, 128, 0, stream>>>(device, kCount);
+    cudaStreamCaptureStatus status;
+    cudaStreamIsCapturing(stream, &status);
+    return status == cudaStreamCaptureStatusActive ? cudaGetLastError() : cudaErrorUnknown;
+  });
+  const auto first = [&] {
+    float value = 0;
+    cudaMemcpy(&value, device, sizeof value, cudaMemcpyDeviceToHost);
+    return value;
+  };
+  cudaMemset(device, 0, kCount * sizeof(float));
+  cudaGraphExec_t launched;
+  cudaGraphInstantiate(&launched, graph, 0);
+  cudaGraphDestroy(graph);
+  check("nothing was run", first() == 0);
+  cudaGraphLaunch(launched, stream);
+  check("a launch", first() == 20);
+  host[0] = 4;
+  cudaGraphLaunch(launched, stream);
+  check("another, of what is there now", first() == 38);
+  cudaGraphExecDestroy(launched);
+
+  const cudaError_t unsupported = cudaErrorStreamCaptureUnsupported;
+  capture("waiting for the device", unsupported, [] { return cudaDeviceSynchronize(); });
+  capture("waiting for a stream", unsupported, [&] { return cudaStreamSynchronize(stream); });
+  capture("asking a stream", unsupported, [&] { return cudaStreamQuery(stream); });
+  capture("memory", unsupported, [] {
+    void* made;
+    return cudaMalloc(&made, 4);
+  });
+  capture("freeing", unsupported, [&] { return cudaFree(device); });
+  capture("a copy at once", cudaErrorStreamCaptureImplicit,
+          [&] { return cudaMemcpy(device, host.data(), 4, cudaMemcpyHostToDevice); });
+  capture("the default stream", cudaErrorStreamCaptureImplicit, [&] {
+    scale_all<<<1, 128>>>(device, kCount);
+    return cudaGetLastError();
+  });
+  capture("attributes", cudaSuccess, [] {
+    return cudaFuncSetAttribute(block_sums<128>, cudaFuncAttributeMaxDynamicSharedMemorySize, 1024);
+  });
+  cudaStreamDestroy(stream);
+  cudaFree(device);
+}
+
 static void dynamic_shared() {
   float *x, *sums;
   cudaMalloc(&x, 256 * sizeof(float));
@@ -221,6 +286,7 @@ int main() {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
   check("device", major == 9);
   launches();
+  graphs();
   dynamic_shared();
   findings();
   device_functions();

@@ -13,24 +13,42 @@
 namespace sparse_attn::cuda {
 
 // Test builds compile faults in, of which SPARSE_ATTN_FAULT in the environment seeds one by its
-// number, those of fault(number) in the kernels. Everywhere else they cost nothing.
+// number: that of fault(number) in the kernels, or of host_fault(number) in what launches them.
+// Everywhere else they cost nothing.
 #if defined(SPARSE_ATTN_FAULTS) && defined(__CUDACC__)
 static __device__ int seeded_fault;
 __device__ inline bool fault(int number) {
   return seeded_fault == number;
 }
-inline cudaError_t seed_fault() {
+inline int chosen_fault() {
   const char* number = std::getenv("SPARSE_ATTN_FAULT");
-  const int value = number == nullptr ? 0 : std::atoi(number);
-  return cudaMemcpyToSymbol(seeded_fault, &value, sizeof value);
+  return number == nullptr ? 0 : std::atoi(number);
+}
+inline bool host_fault(int number) {
+  return chosen_fault() == number;
+}
+inline cudaError_t seed_fault(cudaStream_t stream) {
+  static int value;  // a graph copies it when it is launched
+  value = chosen_fault();
+  return cudaMemcpyToSymbolAsync(seeded_fault, &value, sizeof value, 0, cudaMemcpyHostToDevice,
+                                 stream);
 }
 #else
 constexpr bool fault(int) {
   return false;
 }
-constexpr cudaError_t seed_fault() {
+constexpr bool host_fault(int) {
+  return false;
+}
+constexpr cudaError_t seed_fault(cudaStream_t) {
   return cudaSuccess;
 }
+#endif
+
+#ifdef __CUDACC__
+#define SPARSE_ATTN_HOST_DEVICE __host__ __device__
+#else
+#define SPARSE_ATTN_HOST_DEVICE
 #endif
 
 struct DeviceCall {
@@ -48,6 +66,11 @@ struct DeviceCall {
   int32_t v_row_bytes = 0;
 };
 
+// Whether logits are scores times a positive number.
+SPARSE_ATTN_HOST_DEVICE inline bool scaled_only(const AttentionParams& call) {
+  return call.softcap == 0.0f && call.softmax_scale > 0.0f;
+}
+
 // Runs need one number for the place of a row, the same for k and v, strides of 32 bits, and
 // logits that are scores times a positive number.
 inline void plan_runs(DeviceCall& p) {
@@ -55,8 +78,8 @@ inline void plan_runs(DeviceCall& p) {
   constexpr int64_t kMost = INT32_MAX;
   const int64_t k_row = call.k.row_stride, v_row = call.v.row_stride;
   int64_t rows = call.seqlen_k;
-  p.runs = call.softcap == 0.0f && call.softmax_scale > 0.0f && k_row >= 0 && v_row >= 0 &&
-           k_row * 2 <= kMost && v_row * 2 <= kMost;
+  p.runs =
+      scaled_only(call) && k_row >= 0 && v_row >= 0 && k_row * 2 <= kMost && v_row * 2 <= kMost;
   if (call.pages.block_table != nullptr && p.runs) {
     const int64_t step = k_row > 0 ? call.k.batch_stride / k_row : 0;
     p.runs = step * k_row == call.k.batch_stride && step * v_row == call.v.batch_stride;
@@ -68,12 +91,6 @@ inline void plan_runs(DeviceCall& p) {
   p.k_row_bytes = static_cast<int32_t>(k_row * 2);
   p.v_row_bytes = static_cast<int32_t>(v_row * 2);
 }
-
-#ifdef __CUDACC__
-#define SPARSE_ATTN_HOST_DEVICE __host__ __device__
-#else
-#define SPARSE_ATTN_HOST_DEVICE
-#endif
 
 SPARSE_ATTN_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -103,7 +103,7 @@ struct TileCopy {
   static CUTE_DEVICE int row() { return threadIdx.x / kRowThreads; }
   static CUTE_DEVICE int column() { return threadIdx.x % kRowThreads * 8; }
   // Where in a tile this thread's part of row 0 of its rows goes.
-  static CUTE_DEVICE int offset() { return typename L::Keys{}(row(), column()); }
+  static CUTE_DEVICE int offset() { return L::template element<typename L::Keys>(row(), column()); }
 
   // This thread's part of its i-th row; `to` is its place of row 0, `from` where its column begins.
   static CUTE_DEVICE void copy_row(uint32_t to, int i, const Element* from, bool valid, int dim) {

@@ -26,12 +26,18 @@ struct TileLayouts {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kColumns = kHeadDim % 64 == 0 ? 64 : 32;
+  using Banks = Swizzle<kColumns == 64 ? 3 : 2, 3, 3>;
   using Swizzled =
-      decltype(composition(Swizzle<kColumns == 64 ? 3 : 2, 3, 3>{},
-                           Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
+      decltype(composition(Banks{}, Layout<Shape<_8, Int<kColumns>>, Stride<Int<kColumns>, _1>>{}));
   template <int kRows>
   using Rows = decltype(tile_to_shape(Swizzled{}, Shape<Int<kRows>, Int<kHeadDim>>{}));
   using Keys = Rows<kChunkKeys>;
+  // Where a tile of this layout has an element.
+  template <class Tile>
+  static CUTE_DEVICE int element(int row, int column) {
+    const int at = Tile{}(row, column);
+    return fault(18) ? static_cast<int>(Banks{}(at)) : at;  // swizzling again undoes it
+  }
   static constexpr int kKeysElements = cosize_v<Keys>;
   static constexpr uint32_t kTileBytes = kKeysElements * sizeof(Element);
 
@@ -79,7 +85,7 @@ struct PieceAddresses {
   CUTE_DEVICE PieceAddresses(const typename L::Element* tile, int row, int column) {
     CUTE_UNROLL
     for (int i = 0; i < kAddresses; ++i)
-      at[i] = cast_smem_ptr_to_uint(tile + Layout{}(row, column + i * 16));
+      at[i] = cast_smem_ptr_to_uint(tile + L::template element<Layout>(row, column + i * 16));
   }
   // The same in a tile that lies so many bytes behind, and may have more or fewer rows.
   template <class Other = Layout>

@@ -118,8 +118,8 @@ struct DecodeWork {
       bits = static_cast<uint32_t>(
           index.block_bits[(int64_t{entry.mask} * index.block_n + entry.within) * words]);
     }
-    const bool raw = p.call.softcap == 0.0f && p.call.softmax_scale > 0.0f;
-    const bool plain = raw && key >= 0 && key < keys.min_hi && entry.bias == 0.0f && bits == ~0u &&
+    const bool plain = scaled_only(p.call) && key >= 0 && key < keys.min_hi && entry.bias == 0.0f &&
+                       bits == ~0u &&
                        (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
     to.key[i] = key;
     to.place[i] = place;
@@ -181,13 +181,13 @@ struct DecodeWork {
 
   // The same to shared memory, as part of the next group of copies.
   __device__ void copy_q() const {
-    const typename L::template Rows<C::kTileRows> layout;
+    using Rows = typename L::template Rows<C::kTileRows>;
     constexpr int kVectors = C::kHeadDim / 8;
     for (int i = threadIdx.x; i < C::kTileRows * kVectors; i += kDecodeThreads) {
       const int r = i / kVectors, column = i % kVectors * 8;
       const bool valid = r < shared.part.tile.rows && column < p.call.head_dim;
       const Element* base = reinterpret_cast<const Element*>(p.call.q.data);
-      copy_async(cast_smem_ptr_to_uint(shared.q + layout(r, column)),
+      copy_async(cast_smem_ptr_to_uint(shared.q + L::template element<Rows>(r, column)),
                  valid ? q_row(r) + column : base, valid);
     }
   }

@@ -21,10 +21,13 @@ cudaError_t launch_tiles(const DecodeParams& p, cudaStream_t stream) {
 template <class Element, int kHeadDim>
 cudaError_t launch_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.tiles == 0) return cudaSuccess;
-  cudaError_t error = seed_fault();
+  cudaError_t error = seed_fault(stream);
   if (error != cudaSuccess) return error;
   decode_plan<kPlanThreads><<<1, kPlanThreads, 0, stream>>>(p);
   error = cudaGetLastError();
+  int64_t chunks = 0;
+  if (error == cudaSuccess && host_fault(20))
+    error = cudaMemcpy(&chunks, p.first_chunk + p.tiles, sizeof chunks, cudaMemcpyDeviceToHost);
   if (error == cudaSuccess)
     error = p.tile_rows == 16 ? launch_tiles<DecodeConfig<Element, kHeadDim, 16>>(p, stream)
                               : launch_tiles<DecodeConfig<Element, kHeadDim, 64>>(p, stream);

@@ -143,13 +143,12 @@ struct PrefillWork {
     if (place.row < 0) key = -1;
     const bool seen = key >= 0 && key < keys.min_hi && entry.bias == 0.0f && entry.mask < 0 &&
                       (key < keys.lead || (key >= keys.window_max_lo && key < keys.window_min_hi));
-    const bool raw = p.call.softcap == 0.0f && p.call.softmax_scale > 0.0f;
     to.place[i] = place;
     to.key[i] = key;
     to.bias[i] = entry.bias * kLog2e;
     to.bits[i] = entry.mask < 0 ? -1 : entry.mask * p.call.index.block_n + entry.within;
     const bool all = __all_sync(0xffffffffu, seen || fault(5));
-    if (i % 32 == 0) to.plain[i / 32] = all && raw;
+    if (i % 32 == 0) to.plain[i / 32] = all && scaled_only(p.call);
   }
 
   __device__ bool is_plain(int32_t chunk) const {
@@ -187,13 +186,13 @@ struct PrefillWork {
 
   // Q to shared memory, as part of the next group of copies.
   __device__ void copy_q(Element* q) const {
-    const typename L::template Rows<kPrefillRows> layout;
+    using Rows = typename L::template Rows<kPrefillRows>;
     constexpr int kVectors = C::kHeadDim / 8;
     for (int i = threadIdx.x; i < kPrefillRows * kVectors; i += kPrefillThreads) {
       const int r = i / kVectors, column = i % kVectors * 8;
       const bool valid = r < shared.tile.rows && column < p.call.head_dim;
       const void* from = valid ? row_of_tile(p.call.q, r) + column : nullptr;
-      copy_async(cast_smem_ptr_to_uint(q + layout(r, column)), from, valid);
+      copy_async(cast_smem_ptr_to_uint(q + L::template element<Rows>(r, column)), from, valid);
     }
   }
 
@@ -258,7 +257,7 @@ CUTE_DEVICE void write_rows(const PrefillWork<C>& work, const RowState& state,
   const AttentionParams& call = work.p.call;
   const PrefillTile& tile = work.shared.tile;
   Element* const staged = work.shared.ring[0];
-  const typename L::template Rows<kPrefillRows> layout;
+  using Rows = typename L::template Rows<kPrefillRows>;
   CUTE_UNROLL
   for (int half = 0; half < 2; ++half) {
     const int r = warp_row + half * 8 + lane / 4;
@@ -283,7 +282,7 @@ CUTE_DEVICE void write_rows(const PrefillWork<C>& work, const RowState& state,
     }
     CUTE_UNROLL
     for (int n = 0; n < C::kHeadDim / 8; ++n)
-      *reinterpret_cast<uint32_t*>(staged + layout(r, n * 8 + lane % 4 * 2)) =
+      *reinterpret_cast<uint32_t*>(staged + L::template element<Rows>(r, n * 8 + lane % 4 * 2)) =
           pack_pair<Element>(out[n][2 * half] * factor, out[n][2 * half + 1] * factor);
   }
   __syncwarp();  // a warp reads only what it wrote
@@ -292,7 +291,7 @@ CUTE_DEVICE void write_rows(const PrefillWork<C>& work, const RowState& state,
     const int r = warp_row + i / vectors, column = i % vectors * 8;
     if (r < tile.rows)
       *reinterpret_cast<uint4*>(work.row_of_tile(call.out, r) + column) =
-          *reinterpret_cast<const uint4*>(staged + layout(r, column));
+          *reinterpret_cast<const uint4*>(staged + L::template element<Rows>(r, column));
   }
 }
 

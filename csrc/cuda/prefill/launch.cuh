@@ -13,9 +13,10 @@ cudaError_t launch_prefill(const PrefillParams& p, cudaStream_t stream) {
   using Config = PrefillConfig<Element, kHeadDim>;
   const auto kernel = prefill_kernel<Config>;
   constexpr int kBytes = sizeof(PrefillShared<Config>);
-  cudaError_t error = seed_fault();
+  cudaError_t error = seed_fault(stream);
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error == cudaSuccess && host_fault(19)) error = cudaStreamSynchronize(stream);
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(p.tiles), kPrefillThreads, kBytes, stream>>>(p);
   return cudaGetLastError();

@@ -90,6 +90,7 @@ cuda::DeviceCall device_call(const AttentionArgs& args) {
 }
 
 void raise_cuda(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // else the next call would be told of it too
   STD_TORCH_CHECK(error == cudaSuccess, "sparse_attn::", op, ": ", cudaGetErrorString(error));
 }
 

@@ -105,7 +105,7 @@ CUDART_API cudaError cudaDeviceGetAttribute(int* value, int attribute, int) {
   return kSuccess;
 }
 CUDART_API cudaError cudaDeviceSynchronize() {
-  return kSuccess;
+  return refuse_capture("cudaDeviceSynchronize");
 }
 CUDART_API cudaError cudaRuntimeGetVersion(int* version) {
   *version = 13000;
@@ -129,21 +129,19 @@ CUDART_API cudaError cudaStreamDestroy(cudaStream stream) {
   return drop_handle(stream);
 }
 CUDART_API cudaError cudaStreamSynchronize(cudaStream) {
-  return kSuccess;
+  return refuse_capture("cudaStreamSynchronize");
 }
 CUDART_API cudaError cudaStreamQuery(cudaStream) {
-  return kSuccess;
+  return refuse_capture("cudaStreamQuery");
 }
 CUDART_API cudaError cudaStreamWaitEvent(cudaStream, void*, unsigned) {
   return kSuccess;
 }
-CUDART_API cudaError cudaStreamIsCapturing(cudaStream, int* status) {
-  *status = 0;
-  return kSuccess;
-}
-CUDART_API cudaError cudaLaunchHostFunc(cudaStream, void (*function)(void*), void* data) {
-  function(data);
-  return kSuccess;
+CUDART_API cudaError cudaLaunchHostFunc(cudaStream stream, void (*function)(void*), void* data) {
+  return enqueue(stream, "\"host function\"", [=]() -> cudaError {
+    function(data);
+    return kSuccess;
+  });
 }
 
 CUDART_API cudaError cudaEventCreate(void** event) {
@@ -159,10 +157,10 @@ CUDART_API cudaError cudaEventRecord(void*, cudaStream) {
   return kSuccess;
 }
 CUDART_API cudaError cudaEventSynchronize(void*) {
-  return kSuccess;
+  return refuse_capture("cudaEventSynchronize");
 }
 CUDART_API cudaError cudaEventQuery(void*) {
-  return kSuccess;
+  return refuse_capture("cudaEventQuery");
 }
 CUDART_API cudaError cudaEventElapsedTime(float* milliseconds, void*, void*) {
   *milliseconds = 0;

@@ -74,6 +74,8 @@ const char* name_of(int code) {
       return "cudaErrorInvalidDeviceFunction";
     case kInvalidPtx:
       return "cudaErrorInvalidPtx";
+    case kIllegalState:
+      return "cudaErrorIllegalState";
     case kNotReady:
       return "cudaErrorNotReady";
     case kIllegalAddress:
@@ -86,6 +88,12 @@ const char* name_of(int code) {
       return "cudaErrorLaunchFailure";
     case kNotSupported:
       return "cudaErrorNotSupported";
+    case kCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    case kCaptureInvalidated:
+      return "cudaErrorStreamCaptureInvalidated";
+    case kCaptureImplicit:
+      return "cudaErrorStreamCaptureImplicit";
     default:
       return "cudaErrorUnknown";
   }
@@ -120,9 +128,6 @@ CUDART_API const char* ptxemu_cudart_finding() {
 }
 CUDART_API const char* ptxemu_cudart_finding_kind() {
   return runtime().last_kind.c_str();
-}
-CUDART_API const char* ptxemu_cudart_stats() {
-  return runtime().last_stats.c_str();
 }
 CUDART_API const char* ptxemu_cudart_kernel_stats() {
   Runtime& r = runtime();

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <utility>
 
 extern "C" {
 void* __libc_memalign(std::size_t alignment, std::size_t bytes);
@@ -29,8 +30,16 @@ struct LibcAllocator {
   void deallocate(T* p, std::size_t) { __libc_free(p); }
   bool operator==(const LibcAllocator&) const { return true; }
 };
-using Blocks = std::map<std::uintptr_t, std::size_t, std::less<>,
-                        LibcAllocator<std::pair<const std::uintptr_t, std::size_t>>>;
+struct Block {
+  std::size_t bytes;
+  int pool;   // not 0: made while a graph was captured, and freed with it, not before
+  bool free;  // and would be otherwise
+};
+using Blocks = std::map<std::uintptr_t, Block, std::less<>,
+                        LibcAllocator<std::pair<const std::uintptr_t, Block>>>;
+
+// Under the mutex: the pool that new blocks are of, and the last one.
+int pool = 0, last_pool = 0;
 
 std::mutex& mutex() {
   static auto* instance = new (__libc_memalign(alignof(std::mutex), sizeof(std::mutex))) std::mutex;
@@ -45,7 +54,7 @@ void* aligned(std::size_t alignment, std::size_t bytes) {
   void* const made = __libc_memalign(alignment, bytes);
   if (!made || alignment < kAlignment) return made;
   const std::lock_guard lock(mutex());
-  blocks()[reinterpret_cast<std::uintptr_t>(made)] = bytes;
+  blocks()[reinterpret_cast<std::uintptr_t>(made)] = {bytes, pool, false};
   return made;
 }
 
@@ -65,7 +74,12 @@ PTXEMU_EXPORT void free(void* pointer) {
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   if (pointer && address % kAlignment == 0) {
     const std::lock_guard lock(mutex());
-    blocks().erase(address);
+    const auto found = blocks().find(address);
+    if (found != blocks().end() && found->second.pool != 0) {
+      found->second.free = true;
+      return;
+    }
+    if (found != blocks().end()) blocks().erase(found);
   }
   __libc_free(pointer);
 }
@@ -77,6 +91,37 @@ PTXEMU_EXPORT void ptxemu_heap_blocks(void (*visit)(void*, const void*, std::siz
     const std::lock_guard lock(mutex());
     copy = blocks();
   }
-  for (const auto& [address, bytes] : copy)
-    visit(data, reinterpret_cast<const void*>(address), bytes);
+  for (const auto& [address, block] : copy)
+    visit(data, reinterpret_cast<const void*>(address), block.bytes);
+}
+
+// --- blocks that a graph works on ----------------------------------------------------------------
+
+PTXEMU_EXPORT void ptxemu_heap_pool_begin() {
+  const std::lock_guard lock(mutex());
+  pool = ++last_pool;
+}
+// Visits the blocks that were made since, each of which ptxemu_heap_pool_release gives back.
+PTXEMU_EXPORT void ptxemu_heap_pool_end(void (*visit)(void*, const void*), void* data) {
+  Blocks copy;
+  int ended;
+  {
+    const std::lock_guard lock(mutex());
+    ended = std::exchange(pool, 0);
+    copy = blocks();
+  }
+  for (const auto& [address, block] : copy)
+    if (block.pool == ended) visit(data, reinterpret_cast<const void*>(address));
+}
+PTXEMU_EXPORT void ptxemu_heap_pool_release(const void* pointer) {
+  void* const block = const_cast<void*>(pointer);
+  bool unused = false;
+  {
+    const std::lock_guard lock(mutex());
+    const auto found = blocks().find(reinterpret_cast<std::uintptr_t>(pointer));
+    if (found == blocks().end()) return;
+    found->second.pool = 0;
+    unused = found->second.free;
+  }
+  if (unused) free(block);
 }

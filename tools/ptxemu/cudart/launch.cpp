@@ -35,7 +35,29 @@ void add_heap_blocks(GlobalMemory& memory) {
       &memory);
 }
 
-cudaError launch(const void* stub, LaunchConfig config, void** arguments) {
+std::string describe(const Kernel& kernel, const LaunchConfig& config) {
+  const auto list = [](const auto& size) {
+    return "[" + std::to_string(size.x) + ", " + std::to_string(size.y) + ", " +
+           std::to_string(size.z) + "]";
+  };
+  return "{\"kernel\": " + json_string(kernel.name) + ", \"grid\": " + list(config.grid) +
+         ", \"block\": " + list(config.block) +
+         ", \"shared\": " + std::to_string(config.dynamic_shared) + "}";
+}
+
+cudaError execute(const Kernel& kernel, Module& module, const LaunchConfig& config,
+                  const std::vector<unsigned char>& block) {
+  Runtime& r = runtime();
+  GlobalMemory memory = r.memory;
+  add_heap_blocks(memory);
+  const std::string stats = to_json(
+      ptxemu::launch(module, kernel.name, config, block.data(), block.size(), memory, r.options));
+  r.kernel_stats[kernel.name] = stats;
+  if (r.verbose) std::fprintf(stderr, "ptxemu cudart: %s %s\n", kernel.name.c_str(), stats.c_str());
+  return kSuccess;
+}
+
+cudaError launch(const void* stub, LaunchConfig config, void** arguments, cudaStream stream) {
   Runtime& r = runtime();
   const std::lock_guard lock(r.mutex);
   return guarded([&] {
@@ -51,15 +73,9 @@ cudaError launch(const void* stub, LaunchConfig config, void** arguments) {
     std::vector<unsigned char> block(slots.empty() ? 0 : slots.back().offset + slots.back().size);
     for (std::size_t p = 0; p < slots.size(); ++p)
       std::memcpy(&block[slots[p].offset], arguments[p], slots[p].size);
-    GlobalMemory memory = r.memory;
-    add_heap_blocks(memory);
-    const Stats stats =
-        ptxemu::launch(module, kernel->name, config, block.data(), block.size(), memory, r.options);
-    r.last_stats = to_json(stats);
-    r.kernel_stats[kernel->name] = r.last_stats;
-    if (r.verbose)
-      std::fprintf(stderr, "ptxemu cudart: %s %s\n", kernel->name.c_str(), r.last_stats.c_str());
-    return static_cast<cudaError>(kSuccess);
+    return enqueue(stream, describe(*kernel, config), [=, &module] {
+      return guarded([&] { return execute(*kernel, module, config, block); });
+    });
   });
 }
 
@@ -119,27 +135,29 @@ CUDART_API cudaError __cudaPopCallConfiguration(dim3* grid, dim3* block, std::si
 }
 
 CUDART_API cudaError cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments,
-                                      std::size_t shared, cudaStream) {
-  return launch(stub, configuration(grid, block, shared), arguments);
+                                      std::size_t shared, cudaStream stream) {
+  return launch(stub, configuration(grid, block, shared), arguments, stream);
 }
 CUDART_API cudaError cudaLaunchKernel_ptsz(const void* stub, dim3 grid, dim3 block,
-                                           void** arguments, std::size_t shared, cudaStream) {
-  return launch(stub, configuration(grid, block, shared), arguments);
+                                           void** arguments, std::size_t shared,
+                                           cudaStream stream) {
+  return launch(stub, configuration(grid, block, shared), arguments, stream);
 }
 CUDART_API cudaError __cudaLaunchKernel(void* kernel, dim3 grid, dim3 block, void** arguments,
-                                        std::size_t shared, cudaStream) {
-  return launch(kernel, configuration(grid, block, shared), arguments);
+                                        std::size_t shared, cudaStream stream) {
+  return launch(kernel, configuration(grid, block, shared), arguments, stream);
 }
 CUDART_API cudaError __cudaLaunchKernel_ptsz(void* kernel, dim3 grid, dim3 block, void** arguments,
-                                             std::size_t shared, cudaStream) {
-  return launch(kernel, configuration(grid, block, shared), arguments);
+                                             std::size_t shared, cudaStream stream) {
+  return launch(kernel, configuration(grid, block, shared), arguments, stream);
 }
 
 CUDART_API cudaError cudaLaunchCooperativeKernel(const void* stub, dim3 grid, dim3 block,
-                                                 void** arguments, std::size_t shared, cudaStream) {
+                                                 void** arguments, std::size_t shared,
+                                                 cudaStream stream) {
   ptxemu::LaunchConfig config = configuration(grid, block, shared);
   config.cooperative = true;
-  return launch(stub, config, arguments);
+  return launch(stub, config, arguments, stream);
 }
 
 CUDART_API cudaError cudaLaunchKernelExC(const LaunchConfiguration* given, const void* stub,
@@ -151,7 +169,7 @@ CUDART_API cudaError cudaLaunchKernelExC(const LaunchConfiguration* given, const
     if (attribute.id == kLaunchClusterDimension) config.cluster = {c[0], c[1], c[2]};
     if (attribute.id == kLaunchCooperative) config.cooperative = attribute.value.cooperative != 0;
   }
-  return launch(stub, config, arguments);
+  return launch(stub, config, arguments, given->stream);
 }
 
 CUDART_API cudaError cudaFuncSetAttribute(const void* stub, int attribute, int value) {

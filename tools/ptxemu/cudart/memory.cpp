@@ -14,6 +14,7 @@ constexpr unsigned char kUnset = 0xff;  // what new memory holds
 cudaError allocate(void** pointer, std::size_t bytes) {
   const std::lock_guard lock(runtime().mutex);
   *pointer = nullptr;
+  if (const cudaError error = refuse_capture("cudaMalloc")) return error;
   if (bytes == 0) return kSuccess;
   void* const made =
       std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
@@ -27,6 +28,7 @@ cudaError allocate(void** pointer, std::size_t bytes) {
 
 cudaError release(void* pointer) {
   const std::lock_guard lock(runtime().mutex);
+  if (const cudaError error = refuse_capture("cudaFree")) return error;
   if (!pointer) return kSuccess;
   if (runtime().allocations.erase(pointer) == 0)
     return fail(kInvalidValue, "cudaFree of a pointer that cudaMalloc did not return");
@@ -48,6 +50,12 @@ cudaError copy_2d(void* target, std::size_t target_pitch, const void* source,
   return kSuccess;
 }
 
+/// Of the default stream, and done when it returns.
+cudaError at_once(const char* what, const std::function<cudaError()>& run) {
+  if (const cudaError error = refuse_capture(what, kCaptureImplicit)) return error;
+  return run();
+}
+
 /// The memory of a __device__ or __constant__ variable.
 std::pair<void*, std::size_t> symbol(const void* host) {
   const auto found = runtime().variables.find(host);
@@ -65,6 +73,15 @@ cudaError with_symbol(const void* host, std::size_t bytes, std::size_t offset, F
     f(static_cast<char*>(address) + offset);
     return kSuccess;
   });
+}
+
+cudaError to_symbol(const void* host, const void* source, std::size_t bytes, std::size_t offset) {
+  return with_symbol(host, bytes, offset, [&](char* at) { std::memcpy(at, source, bytes); });
+}
+
+cudaError fill(void* target, int value, std::size_t bytes) {
+  std::memset(target, value, bytes);
+  return kSuccess;
 }
 
 }  // namespace
@@ -98,43 +115,48 @@ CUDART_API cudaError cudaFreeHost(void* pointer) {
 }
 
 CUDART_API cudaError cudaMemcpy(void* target, const void* source, std::size_t bytes, int) {
-  return copy(target, source, bytes);
+  return at_once("cudaMemcpy", [=] { return copy(target, source, bytes); });
 }
 CUDART_API cudaError cudaMemcpyAsync(void* target, const void* source, std::size_t bytes, int,
-                                     cudaStream) {
-  return copy(target, source, bytes);
+                                     cudaStream stream) {
+  return enqueue(stream, "\"copy\"", [=] { return copy(target, source, bytes); });
 }
 CUDART_API cudaError cudaMemcpy2D(void* target, std::size_t target_pitch, const void* source,
                                   std::size_t source_pitch, std::size_t width, std::size_t height,
                                   int) {
-  return copy_2d(target, target_pitch, source, source_pitch, width, height);
+  return at_once("cudaMemcpy2D", [=] {
+    return copy_2d(target, target_pitch, source, source_pitch, width, height);
+  });
 }
 CUDART_API cudaError cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source,
                                        std::size_t source_pitch, std::size_t width,
-                                       std::size_t height, int, cudaStream) {
-  return copy_2d(target, target_pitch, source, source_pitch, width, height);
+                                       std::size_t height, int, cudaStream stream) {
+  return enqueue(stream, "\"copy\"", [=] {
+    return copy_2d(target, target_pitch, source, source_pitch, width, height);
+  });
 }
 CUDART_API cudaError cudaMemset(void* target, int value, std::size_t bytes) {
-  std::memset(target, value, bytes);
-  return kSuccess;
+  return at_once("cudaMemset", [=] { return fill(target, value, bytes); });
 }
-CUDART_API cudaError cudaMemsetAsync(void* target, int value, std::size_t bytes, cudaStream) {
-  std::memset(target, value, bytes);
-  return kSuccess;
+CUDART_API cudaError cudaMemsetAsync(void* target, int value, std::size_t bytes,
+                                     cudaStream stream) {
+  return enqueue(stream, "\"fill\"", [=] { return fill(target, value, bytes); });
 }
 
 CUDART_API cudaError cudaMemcpyToSymbol(const void* host, const void* source, std::size_t bytes,
                                         std::size_t offset, int) {
-  return with_symbol(host, bytes, offset, [&](char* at) { std::memcpy(at, source, bytes); });
+  return at_once("cudaMemcpyToSymbol", [=] { return to_symbol(host, source, bytes, offset); });
 }
 CUDART_API cudaError cudaMemcpyToSymbolAsync(const void* host, const void* source,
                                              std::size_t bytes, std::size_t offset, int,
-                                             cudaStream) {
-  return with_symbol(host, bytes, offset, [&](char* at) { std::memcpy(at, source, bytes); });
+                                             cudaStream stream) {
+  return enqueue(stream, "\"copy\"", [=] { return to_symbol(host, source, bytes, offset); });
 }
 CUDART_API cudaError cudaMemcpyFromSymbol(void* target, const void* host, std::size_t bytes,
                                           std::size_t offset, int) {
-  return with_symbol(host, bytes, offset, [&](char* at) { std::memcpy(target, at, bytes); });
+  return at_once("cudaMemcpyFromSymbol", [=] {
+    return with_symbol(host, bytes, offset, [&](char* at) { std::memcpy(target, at, bytes); });
+  });
 }
 CUDART_API cudaError cudaGetSymbolAddress(void** address, const void* host) {
   return with_symbol(host, 0, 0, [&](char* at) { *address = at; });

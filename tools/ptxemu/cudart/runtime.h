@@ -5,11 +5,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "ptxemu.h"
@@ -33,12 +35,16 @@ enum ErrorCode : int {
   kInvalidSymbol = 13,
   kInvalidDeviceFunction = 98,
   kInvalidPtx = 218,
+  kIllegalState = 401,
   kNotReady = 600,
   kIllegalAddress = 700,
   kAssert = 710,
   kMisalignedAddress = 716,
   kLaunchFailure = 719,
   kNotSupported = 801,
+  kCaptureUnsupported = 900,
+  kCaptureInvalidated = 901,
+  kCaptureImplicit = 906,
 };
 
 /// The PTX texts of one fat binary; parsed when a kernel or variable of it is first wanted.
@@ -59,6 +65,15 @@ struct HostVariable {
   FatBinary* binary = nullptr;
 };
 
+struct Graph;  // graph.cpp
+
+/// What a stream is told to do goes into a graph, while there is one.
+struct Capture {
+  std::shared_ptr<Graph> graph;
+  cudaStream stream = nullptr;
+  bool spoilt = false;  // by a call that no graph can hold
+};
+
 struct Runtime {
   std::recursive_mutex mutex;
   std::vector<std::unique_ptr<FatBinary>> binaries;
@@ -67,9 +82,9 @@ struct Runtime {
   GlobalMemory memory;                                      // cudaMalloc and registered memory
   std::map<const void*, std::size_t> allocations;
   std::string last_finding, last_kind;
-  std::string last_stats = "{}";
   std::map<std::string, std::string> kernel_stats;  // of each kernel's last launch, as JSON
   std::string all_stats;                            // what ptxemu_cudart_kernel_stats() returned
+  Capture capture;
   Options options;
   int verbose = 0;
 };
@@ -83,6 +98,11 @@ cudaError fail(int code, const std::string& message = "");
 /// Runs `f`, which returns an error code; an exception becomes the matching one.
 template <class F>
 cudaError guarded(F&& f);
+
+/// Runs `run`, or keeps it for the graph if the stream is captured; `what` is JSON that says what.
+cudaError enqueue(cudaStream stream, const std::string& what, std::function<cudaError()> run);
+/// kSuccess, or while any stream is captured an error, after which that capture has failed.
+cudaError refuse_capture(const std::string& what, int code = kCaptureUnsupported);
 
 Module& module_of(FatBinary& binary);
 Kernel* find_kernel(const void* stub);
