@@ -246,6 +246,7 @@ def _replays(cudart: ctypes.CDLL, call: Callable, calls: Sequence[dict[str, Any]
         results = call(**given)
     finally:
         error = cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))
+        cudart.cudaGetLastError()  # the next call is not to be told
     check(error)
     check(cudart.cudaGraphInstantiate(ctypes.byref(launched), graph, 0))
     nodes = json.loads(cudart.ptxemu_cudart_graph(graph).decode())

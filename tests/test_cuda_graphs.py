@@ -68,7 +68,7 @@ def check_replays(calls, launches, fault=0):
 @pytest.mark.parametrize("seqlen_q", [100, 3])
 def test_other_contents_are_replayed(seqlen_q):
     """Tensors, kinds of heads, lists, counts, biases and masks are read when the graph is run."""
-    block_m = 64 if seqlen_q > 16 else 2
+    block_m = 64 if seqlen_q > 16 else 16
     problems = [
         build(replace(CASE, seqlen_q=seqlen_q, block_m=block_m, **contents, q_offset=0))
         for contents in CONTENTS
