@@ -118,7 +118,8 @@ def check_ranges(function: str, seq_ranges: Tensor, q: Tensor, k: Tensor) -> Non
             f"sparse_attn.{function}: seq_ranges has {seq_ranges.shape[0]} rows for batch "
             f"{q.shape[0]}; pass one for each batch entry."
         )
-    if torch.compiler.is_compiling() or seq_ranges.numel() == 0:
+    # Values on a device would be waited for; kernels there bound them.
+    if torch.compiler.is_compiling() or seq_ranges.numel() == 0 or not seq_ranges.is_cpu:
         return
     starts, lens = seq_ranges[:, [0, 2]], seq_ranges[:, [1, 3]]
     limits = torch.tensor([q.shape[2], k.shape[2]])
@@ -193,7 +194,8 @@ def cache_ranges(
         q_offset: position of row 0, None for the keys minus the rows.
 
     Returns:
-        int32 [batch, 5] on the CPU.
+        int32 [batch, 5], on the device of cache_seqlens, whose values are looked at on the CPU
+        only: to do that elsewhere would wait for the device, and kernels there bound them.
 
     Raises:
         TypeError: a length or the offset is no integer.
@@ -211,8 +213,8 @@ def cache_ranges(
             f"sparse_attn.{function}: cache_seqlens has shape {tuple(given.shape)}; pass int32 "
             f"[{batch}] or one int."
         )
-    given = given.cpu()
-    if not torch.compiler.is_compiling() and bool(((given < 0) | (given > capacity)).any()):
+    looked_at = given.is_cpu and not torch.compiler.is_compiling()
+    if looked_at and bool(((given < 0) | (given > capacity)).any()):
         raise ValueError(
             f"sparse_attn.{function}: cache_seqlens is {given.tolist()}; a sequence of the cache "
             f"holds 0 to {capacity} keys."
@@ -227,7 +229,10 @@ def cache_ranges(
 def spans(
     function: str, name: str, cu_seqlens: Tensor, total: int, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """Starts and lengths of packed sequences, int32 on the CPU; raises ValueError unless they fit.
+    """Starts and lengths of packed sequences, int32; raises ValueError unless they fit.
+
+    On another device than the CPU they stay there, and their values are not looked at: to do that
+    would wait for the device, and kernels there bound them.
 
     Args:
         function: caller's name, for the text.
@@ -241,16 +246,17 @@ def spans(
             f"sparse_attn.{function}: {name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
             "pass int32 [num_seqs + 1]."
         )
-    host = cu_seqlens.cpu()
-    lens = host.diff()
-    if int(host[0]) != 0 or int(host[-1]) != total or bool((lens < 0).any()):
+    lens = cu_seqlens.diff()
+    if not cu_seqlens.is_cpu:
+        return cu_seqlens[:-1], lens
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((lens < 0).any()):
         raise ValueError(
             f"sparse_attn.{function}: {name} does not ascend from 0 to {total}, the number of "
-            f"tokens: {host.tolist()}."
+            f"tokens: {cu_seqlens.tolist()}."
         )
     if lens.numel() > 0 and int(lens.max()) > longest:
         raise ValueError(
             f"sparse_attn.{function}: a sequence of {name} has {int(lens.max())} tokens, more than "
             f"max_seqlen={longest}."
         )
-    return host[:-1], lens
+    return cu_seqlens[:-1], lens

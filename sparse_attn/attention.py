@@ -153,9 +153,9 @@ def attention_ranges(
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         pattern: as in `attention`; lists count rows and keys from the start of each sequence.
-        seq_ranges: int32 [num_seqs, 5] on the CPU, rows of (q_start, q_len, k_start, k_len,
-            q_offset) in tokens. With batch 1 any number of sequences lies one after the other in
-            q (they must not overlap); else row b belongs to batch entry b.
+        seq_ranges: int32 [num_seqs, 5], on the CPU or where q is, rows of (q_start, q_len, k_start,
+            k_len, q_offset) in tokens. With batch 1 any number of sequences lies one after the
+            other in q (they must not overlap); else row b belongs to batch entry b.
         causal, softmax_scale, return_lse, softcap, sinks, backend, fallback: as in `attention`.
 
     Returns:
@@ -280,7 +280,8 @@ def attention_decode(
         pattern: as in `attention`. One that reads keys to choose among them is given a contiguous
             copy of each sequence's keys, if they lie in pages.
         cache_seqlens: int32 [batch] or one int, keys in the cache with those of q; default all.
-            Keys past them are never read.
+            Keys past them are never read. On a GPU their values are not checked, which would wait
+            for it: a sequence whose length does not fit counts as one without keys.
         block_table: int32 [batch, max_pages]: key j of sequence b lies in page
             block_table[b, j // page_size] at j % page_size. Entries past a sequence's keys are
             not read. Pages may be shared; for a pool in head-major order pass transpose(1, 2).
@@ -425,6 +426,8 @@ def _run(
         not q.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
     )
     backends.choose(function, problem, backend)
+    if seq_ranges is not None and seq_ranges.device != q.device:
+        seq_ranges = seq_ranges.to(q.device)
     return ops.attention(
         q,
         k,

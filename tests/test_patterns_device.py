@@ -7,6 +7,7 @@ data that could be read.
 """
 
 import contextlib
+import importlib
 
 import pytest
 import torch
@@ -335,6 +336,40 @@ def test_tensors_without_data(name):
     k = torch.empty(2, 3, 331, 64, device="meta")
     index = EVERY[name]().build(q, k)
     assert index.block_indptr.device.type == "meta"
+
+
+def call_without_data(name):
+    """A public call whose tensors are on the meta device."""
+    q, table = torch.empty(2, 4, 1, 64, device="meta"), torch.empty(2, 4, device="meta").int()
+    k, pool = (torch.empty(*x, 64, device="meta") for x in ((2, 2, 300), (9, 16, 2)))
+    lens = torch.empty(2, dtype=torch.int32, device="meta")
+    if name == "lengths":
+        return sparse_attn.attention_decode(q, k, k, cache_seqlens=lens)
+    if name == "pages":
+        return sparse_attn.attention_decode(q, pool, pool, cache_seqlens=lens, block_table=table)
+    if name == "a number":  # which is known
+        return sparse_attn.attention_decode(q, k, k, cache_seqlens=200)
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    packed = [torch.empty(90, heads, 64, device="meta") for heads in (4, 2, 2)]
+    return sparse_attn.attention_varlen(*packed, cu, cu, 60, 60)
+
+
+@pytest.mark.parametrize("name", ["lengths", "pages", "a number", "packed"])
+def test_lengths_are_not_read(name, monkeypatch):
+    """They get to the operator on the device of q, which asks for that."""
+    front = importlib.import_module("sparse_attn.attention")
+    seen = []
+
+    def attend(q, k, v, index, **call):
+        seen.append(call["seq_ranges"])
+        return q, q
+
+    monkeypatch.setattr(front.ops, "attention", attend)
+    monkeypatch.setattr(front.backends, "choose", lambda *problem: "cuda")
+    call_without_data(name)
+    (ranges,) = seen
+    assert ranges.device.type == "meta" and ranges.shape == (2, 5) and ranges.dtype == torch.int32
+    assert ranges.is_contiguous()
 
 
 def test_nothing_is_left_out():
