@@ -63,6 +63,7 @@ template <DType kType>
 struct PlainForm {
   static constexpr int kDims = kLanes;  // of a row in one vector
   static constexpr int kKeysAtOnce = 1;
+  static constexpr bool kWidens = kType != DType::kFloat32;
   typedef Vec Operand;
 
   template <bool kTail>
@@ -95,6 +96,7 @@ constexpr int kPairQueries = kMaxDimRows * kMaxHeadDim;  // numbers of q before 
 struct PairForm {
   static constexpr int kDims = 2 * kLanes;
   static constexpr int kKeysAtOnce = 2;
+  static constexpr bool kWidens = false;
   typedef __m512i Operand;
 
   template <bool>
@@ -167,8 +169,10 @@ SPARSE_ATTN_INLINE void score_block(const Tile& t, int first_row, const char* co
 
 template <class Form, int kRows, bool kTail, class Prefetch>
 SPARSE_ATTN_KERNEL void score_chunk(Tile& t, const KeyChunk& c, Prefetch& prefetch) {
-  // Twice as many lanes as rows at least: else a query vector would serve one key only.
-  constexpr int kBlockRows = kRows < kLanes / 2 ? kRows : kLanes / 2;
+  // Twice as many lanes as rows at least: else a query vector would serve one key only. But where
+  // a key is widened for each block of rows, one block of all rows is faster on AVX2.
+  constexpr bool kOneBlock = kRows < kLanes / 2 || (Form::kWidens && kLanes == 8);
+  constexpr int kBlockRows = kOneBlock ? kRows : kLanes / 2;
   constexpr int kKeys = kLanes / kBlockRows;
   const int step = kScoreShare * kKeys / c.count;
   int share = 0;
