@@ -70,6 +70,9 @@ Tensor centroid_scores_cpu(const Tensor, const Tensor, const Tensor, const Optio
                            const OptionalTensor, int64_t, double, bool);
 std::tuple<Tensor, Tensor, Tensor> centroid_lists_cpu(const Tensor, const Tensor, const Tensor,
                                                       double, int64_t);
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_lookup_cpu(
+    const Tensor, const Tensor, const Tensor, const Tensor, const Tensor, const OptionalTensor,
+    const OptionalTensor, const OptionalTensor, int64_t, double, bool, double, int64_t, double);
 std::string cpu_capability();
 
 }  // namespace sparse_attn::ops
@@ -105,6 +108,7 @@ STABLE_TORCH_LIBRARY(sparse_attn, m) {
   m.def("cluster_means(Tensor keys, Tensor? weights, Tensor indptr, Tensor members) -> Tensor");
   m.def("centroid_scores(Tensor q, Tensor centroids, Tensor counts, Tensor? parents, Tensor? kept, SymInt tile_rows, float softmax_scale, bool reduce_max) -> Tensor");
   m.def("centroid_lists(Tensor scores, Tensor indptr, Tensor members, float threshold, int budget) -> (Tensor keep, Tensor counts, Tensor indices)");
+  m.def("centroid_lookup(Tensor q, Tensor centroids, Tensor counts, Tensor indptr, Tensor members, Tensor? parents, Tensor? coarse_centroids, Tensor? coarse_counts, SymInt tile_rows, float softmax_scale, bool reduce_max, float threshold, int budget, float coarse_threshold) -> (Tensor keep, Tensor counts, Tensor list_indptr, Tensor indices)");
   m.def("cpu_capability() -> str");
 }
 
@@ -131,6 +135,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CPU, m) {
   m.impl("cluster_means", TORCH_BOX(&sparse_attn::ops::cluster_means_cpu));
   m.impl("centroid_scores", TORCH_BOX(&sparse_attn::ops::centroid_scores_cpu));
   m.impl("centroid_lists", TORCH_BOX(&sparse_attn::ops::centroid_lists_cpu));
+  m.impl("centroid_lookup", TORCH_BOX(&sparse_attn::ops::centroid_lookup_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn, CompositeExplicitAutograd, m) {

@@ -457,42 +457,38 @@ def check_shapes(index: SparseIndex) -> None:
         raise ValueError(
             "sparse_attn.SparseIndex: block_bits and block_bits_ids go together; pass both or none."
         )
-    indptr_shape = (index.batch_size, index.num_heads, index.num_tiles + 1)
+    device = index.device
+    ranges = (index.batch_size, index.num_heads, index.num_tiles + 1)
     blocks, columns = (index.block_indices.numel(),), (index.column_indices.numel(),)
-    words = (index.block_m + 63) // 64
-    expected: dict[str, tuple[torch.dtype, str, tuple[int, ...]]] = {
-        "heads": (torch.int32, "[heads, 4]", (index.num_heads, 4)),
-        "block_indptr": (torch.int64, "[batch, heads, num_tiles + 1]", indptr_shape),
-        "block_indices": (torch.int32, "[capacity]", blocks),
-        "column_indptr": (torch.int64, "[batch, heads, num_tiles + 1]", indptr_shape),
-        "column_indices": (torch.int32, "[capacity]", columns),
-        "column_bias": (torch.float32, "[column capacity]", columns),
-        "block_bits_ids": (torch.int32, "[block capacity]", blocks),
-        "block_bits": (
-            torch.int64,
-            "[masks, block_n, ceil(block_m / 64)]",
-            (
-                *(() if index.block_bits is None else index.block_bits.shape[:1]),
-                index.block_n,
-                words,
-            ),
-        ),
-    }
-    for name, tensor in tensors(index).items():
-        dtype, layout, shape = expected[name]
+    masks = 0 if index.block_bits is None else index.block_bits.shape[0]
+    bits = (masks, index.block_n, (index.block_m + 63) // 64)
+    # Names with their dtypes, layouts in words, and shapes. Decoding makes an index a token.
+    for name, dtype, layout, shape in (
+        ("heads", torch.int32, "[heads, 4]", (index.num_heads, 4)),
+        ("block_indptr", torch.int64, "[batch, heads, num_tiles + 1]", ranges),
+        ("block_indices", torch.int32, "[capacity]", blocks),
+        ("column_indptr", torch.int64, "[batch, heads, num_tiles + 1]", ranges),
+        ("column_indices", torch.int32, "[capacity]", columns),
+        ("column_bias", torch.float32, "[column capacity]", columns),
+        ("block_bits_ids", torch.int32, "[block capacity]", blocks),
+        ("block_bits", torch.int64, "[masks, block_n, ceil(block_m / 64)]", bits),
+    ):
+        tensor = getattr(index, name)
+        if tensor is None:
+            continue
         if tensor.dtype != dtype:
             raise TypeError(
                 f"sparse_attn.SparseIndex: {name} is {tensor.dtype}; it must be {dtype}."
             )
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:
             raise ValueError(
                 f"sparse_attn.SparseIndex: {name} has shape {tuple(tensor.shape)}; "
-                f"{layout} = {tuple(shape)} is needed."
+                f"{layout} = {shape} is needed."
             )
-        if tensor.device != index.device:
+        if tensor.device != device:
             raise ValueError(
                 f"sparse_attn.SparseIndex: {name} is on {tensor.device} and heads on "
-                f"{index.device}; move the index as a whole with to()."
+                f"{device}; move the index as a whole with to()."
             )
 
 

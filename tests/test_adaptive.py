@@ -75,9 +75,10 @@ def keep(x, rows, mass, guard, sink, near):
         checks.append(check + [0] * (len(x) - len(check)))
     chosen = {j for j in everything if j < sink or j in near}
     others = sorted(everything - chosen, key=lambda j: (levels[j], j))
-    target = math.ceil(mass * sum(weight[j] for j in others))
-    check_targets = [math.ceil(guard * sum(check[j] for j in others)) for check in checks]
-    total, check_totals = 0, [0] * len(checks)
+    target = math.ceil(mass * sum(weight))
+    check_targets = [math.ceil(guard * sum(check)) for check in checks]
+    total = sum(weight[j] for j in chosen)
+    check_totals = [sum(check[j] for j in chosen) for check in checks]
     entered, too_little = -1, False
     for j in others:
         if levels[j] != entered:
@@ -208,13 +209,13 @@ def test_scores_that_are_no_numbers(bad):
 
 
 def test_example_by_hand():
-    # One row, scale ln 2: keys 0 to 3 weigh 8, 4, 2, 1; the row is key 3, which does not count.
+    # One row, scale ln 2: keys 0 to 3 weigh 8, 4, 2, 1; the row is key 3, kept in any case.
     q = torch.zeros(1, 1, 1, 8)
     q[..., 0] = 1
     k = torch.zeros(1, 1, 4, 8)
     k[0, 0, :, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0])
     numbers = {"block_m": 1, "sink": 0, "window": 0, "q_offset": 3, "causal": True}
-    wanted = {0.5: [0, 3], 0.61: [0, 1, 3], 0.85: [0, 1, 3], 0.86: [0, 1, 2, 3]}
+    wanted = {0.5: [0, 3], 0.61: [0, 1, 3], 0.86: [0, 1, 3], 0.87: [0, 1, 2, 3]}
     # One row is its own check: a guard alone chooses the same.
     both = [(mass, 0.0) for mass in wanted] + [(0.0, guard) for guard in wanted]
     for mass, guard in both:
@@ -239,20 +240,20 @@ def test_rows_that_disagree_widen_their_tile():
         "causal": True,
         "softmax_scale": 1.0,
     }
-    for guard, kept in ((0.0, 0.12), (0.9, 1.0)):
+    for guard, kept in ((0.0, 0.1), (0.9, 1.0)):
         counts = ops.adaptive_lists(q, k, mass=0.1, guard=guard, **numbers)
         keys = 16 * int(counts[0].sum()) + int(counts[2].sum())
         assert abs(keys / 4096 - kept) < 0.02
 
 
-def test_what_the_sink_holds_counts_for_nothing():
-    # Key 0 holds nearly all; of the rest keys 100 and 101 weigh 8 and 1.
+def test_what_the_sink_holds_counts():
+    # Key 0 weighs 2 ** 20, key 100 weighs 8 and key 101 weighs 1.
     q = torch.zeros(1, 1, 1, 8)
     q[..., 0] = 1
     k = torch.full((1, 1, 400, 8), -40.0)
     k[0, 0, [0, 100, 101], 0] = torch.tensor([20.0, 3.0, 0.0])
     numbers = {"block_m": 1, "sink": 1, "window": 8, "q_offset": 399, "causal": True}
-    for mass, far in ((0.0, []), (0.8, [100]), (0.95, [100, 101])):
+    for mass, far in ((0.99999, []), (1 - 8e-6, [100]), (1 - 5e-7, [100, 101])):
         result = ops.adaptive_lists(
             q, k, mass=mass, guard=0.0, softmax_scale=math.log(2), **numbers
         )
@@ -300,7 +301,7 @@ def same(one: SparseIndex, other: SparseIndex) -> bool:
 
 def test_lists_are_valid_and_hold_what_is_forced():
     q, k, _ = heads()
-    index = Adaptive(sink=5).build(q, k).validate()
+    index = Adaptive(recall=0.5, sink=5).build(q, k).validate()
     assert 0 < index.density().element < 0.9
     mask = index.to_dense_mask()
     rows = torch.arange(700)

@@ -10,8 +10,10 @@ import torch
 from bounds import assert_matches_oracle, plain_attention
 
 import sparse_attn
-from sparse_attn import CentroidIndex, CentroidLookup, PerHead, calibrate_threshold, reference
+from sparse_attn import CentroidIndex, CentroidLookup, PerHead, calibrate_threshold, ops, reference
+from sparse_attn.lists import indptr_from_counts
 from sparse_attn.patterns import presets
+from sparse_attn.selection import centroid_lists
 
 
 class Draw:
@@ -158,6 +160,43 @@ def test_tiles_choose_for_themselves(seed):
             index, scores, threshold, None, at.stop - at.start, k.shape[2], offset + at.start
         )
         assert torch.equal(mask[:, :, at], expected)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_one_operator_is_scores_and_lists(seed):
+    """What decoding calls, against the operators that it stands for."""
+    index, q, _, draw = case(seed)
+    group, rows = ("mean", "max")[seed // 2 % 2], draw.number(1, q.shape[2])
+    by = {"tile_rows": rows, "softmax_scale": 0.3, "group": group}
+    keep, coarse_threshold = None, 0.0
+    if index.levels == 2:
+        coarse = index.coarse_scores(q, **by)
+        coarse_threshold = float(coarse.median()) if seed % 3 else 0.0
+        keep = (coarse >= 0) & ((coarse.double() > coarse_threshold) | (coarse_threshold == 0))
+    scores = index.scores(q, coarse_keep=keep, **by)
+    threshold, budget = float(scores.median()), 40 if seed % 5 == 0 else None
+    kept, counts, keys = centroid_lists(
+        scores, index.indptr, index.members, threshold=threshold, budget=budget
+    )
+    two = index.levels == 2
+    found = ops.centroid_lookup(
+        q,
+        index.centroids,
+        index.counts,
+        index.indptr,
+        index.members,
+        parents=index.parents if two else None,
+        coarse_centroids=index.coarse_centroids if two else None,
+        coarse_counts=index.coarse_counts if two else None,
+        tile_rows=rows,
+        softmax_scale=0.3,
+        reduce_max=group == "max",
+        threshold=threshold,
+        budget=-1 if budget is None else budget,
+        coarse_threshold=coarse_threshold,
+    )
+    expected = (kept, counts, indptr_from_counts(counts), keys)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("tile", [None, 16])

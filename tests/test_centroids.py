@@ -361,6 +361,22 @@ def wrong_calls():
         (lambda: ops.centroid_lists(cluster_scores, indptr, members - 1, **lists), "distinct"),
         (lambda: ops.centroid_lists(cluster_scores, indptr, members * 0, **lists), "distinct"),
         (lambda: ops.centroid_lists(cluster_scores, indptr * 2, members, **lists), "indptr"),
+        (
+            lambda: ops.centroid_lookup(
+                keys,
+                centroids,
+                counts,
+                indptr,
+                members,
+                parents=bad_parents,
+                coarse_centroids=centroids,
+                coarse_counts=None,
+                coarse_threshold=0.0,
+                **lookup,
+                **lists,
+            ),
+            "come together",
+        ),
     ]
 
 
@@ -385,6 +401,10 @@ def test_opcheck():
         "cluster_means": (keys, None, indptr, members),
         "centroid_scores": (q, centroids, counts, None, None, 3, 0.25, True),
         "centroid_lists": (found, indptr, members, 0.02, -1),
+        "centroid_lookup": (
+            *(q, centroids, counts, indptr, members, None, None, None),
+            *(3, 0.25, True, 0.02, -1, 0.0),
+        ),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(

@@ -39,11 +39,12 @@ struct Weights {
 
 struct TileChoice {
   int64_t head, tile;
-  int32_t near_begin, own_end;  // keys of the window and at the positions of the tile's rows
-  int32_t limit;                // keys that its last row may see
-  int64_t forced = 0;           // keys
-  uint8_t last = 0;             // the last stored level that is taken
-  int64_t quota = 0;            // how many keys of it
+  int32_t near_begin, own_end;         // keys of the window and at the positions of the tile's rows
+  int32_t limit;                       // keys that its last row may see
+  int64_t mass = 0;                    // what forced keys weigh
+  int64_t row_mass[kRankChecks] = {};  // and for the checking rows
+  uint8_t last = 0;                    // the last stored level that is taken
+  int64_t quota = 0;                   // how many keys of it
 };
 
 struct Workspace {
@@ -178,18 +179,21 @@ class Group {
     }
   }
 
-  // Marks the forced keys with level 0, and takes them out of the sums.
+  // Marks the forced keys with level 0, and takes them out of the levels' sums.
   void force(TileChoice& tile, int i, const Weights& weights) {
     RankLevel* sums = space_.sums.data() + int64_t{i} * kRankLevels;
     const auto mark = [&](int64_t begin, int64_t end) {
-      for (int64_t key = begin; key < end; ++key, ++tile.forced) {
+      for (int64_t key = begin; key < end; ++key) {
         uint8_t& level = space_.levels[i * pitch_ + key];
         RankLevel& sum = sums[level - 1];
         --sum.keys;
+        tile.mass += weights.of[level - 1];
         for (int c = 0; c < kRankChecks; ++c) {
           const int probe = (1 + c) * count_ + i;
-          sum.mass[c] -=
+          const int64_t weight =
               weights.of[level_of(space_.top[probe], space_.scores[key * rows_ + probe])];
+          sum.mass[c] -= weight;
+          tile.row_mass[c] += weight;
         }
         level = 0;
       }
@@ -202,8 +206,8 @@ class Group {
   // Finds where the choice ends.
   void choose(TileChoice& tile, int i, const Weights& weights) {
     const RankLevel* sums = space_.sums.data() + int64_t{i} * kRankLevels;
-    // Forced keys count for nothing: what the first key holds would hide what it does not give.
-    int64_t mass = 0, total = 0, row_mass[kRankChecks] = {}, row_total[kRankChecks] = {};
+    int64_t mass = tile.mass, total = mass, row_mass[kRankChecks], row_total[kRankChecks];
+    for (int c = 0; c < kRankChecks; ++c) row_mass[c] = row_total[c] = tile.row_mass[c];
     for (int level = 0; level < kRankLevels; ++level) {
       total += sums[level].keys * weights.of[level];
       for (int c = 0; c < kRankChecks; ++c) row_total[c] += sums[level].mass[c];

@@ -73,7 +73,7 @@ void nearest_block(const NearestParams& p, const Kernels& table, const Split& sp
   }
 }
 
-// What the tiles of centroid_scores need, per thread.
+// What the tiles of centroid_scores need; kept by each thread from call to call, as in forward.cpp.
 struct ShareSpace {
   Tile tile;
   KeyChunk chunk, next;
@@ -84,19 +84,32 @@ struct ShareSpace {
   std::vector<int32_t> ids;   // the clusters that are scored
 };
 
+ShareSpace& share_space() {
+  thread_local std::unique_ptr<ShareSpace> space;
+  if (!space) space = std::make_unique_for_overwrite<ShareSpace>();
+  return *space;
+}
+
 // Clusters with keys, under kept parents.
 void candidates(const ShareParams& p, int64_t head, int64_t tile, std::vector<int32_t>& ids) {
-  ids.clear();
+  ids.resize(p.clusters);
+  int64_t n = 0;
   const int32_t* counts = p.counts + head * p.clusters;
   const auto take = [&](int64_t from, int64_t to) {
-    for (int64_t c = from; c < to; ++c)
-      if (counts[c] > 0) ids.push_back(static_cast<int32_t>(c));
+    for (int64_t c = from; c < to; ++c) {
+      ids[n] = static_cast<int32_t>(c);
+      n += counts[c] > 0;
+    }
   };
-  if (p.parents == nullptr) return take(0, p.clusters);
+  if (p.parents == nullptr) {
+    take(0, p.clusters);
+    return ids.resize(n);
+  }
   const int32_t* range = p.parents + head * (p.num_parents + 1);
   const bool* kept = p.kept + (head * p.tiles + tile) * p.num_parents;
   for (int64_t parent = 0; parent < p.num_parents; ++parent)
     if (kept[parent]) take(range[parent], range[parent + 1]);
+  ids.resize(n);
 }
 
 // logits[row][i] = rows[row] . centroid ids[i], for `count` rows.
@@ -271,15 +284,15 @@ void cluster_means(const KeysView& keys, const float* weights, const int64_t* in
 
 void centroid_scores(const ShareParams& p, const Executor& executor) {
   const Kernels& table = kernels();
-  const auto make = [&] {
-    auto space = std::make_unique_for_overwrite<ShareSpace>();
+  const auto begin = [&] {
+    ShareSpace* space = &share_space();
     space->tile.dtype = DType::kFloat32;
     space->tile.head_dim = p.dim;
     space->tile.head_dim_v = 0;
     space->rows.resize(kTileRows * p.dim);
     return space;
   };
-  deal_with(executor, p.batch * p.num_heads_kv * p.tiles, make, [&](int64_t i, auto& space) {
+  deal_with(executor, p.batch * p.num_heads_kv * p.tiles, begin, [&](int64_t i, auto space) {
     share_tile(p, table, i / p.tiles, i % p.tiles, *space);
   });
 }
@@ -292,7 +305,7 @@ void keep_clusters(const float* scores, const int64_t* indptr, int64_t heads, in
     const int64_t* start = indptr + i / tiles * (clusters + 1);
     bool* kept = keep + i * clusters;
     for (int64_t c = 0; c < clusters; ++c)
-      kept[c] = score[c] >= 0.0f && (threshold <= 0.0 || double{score[c]} > threshold);
+      kept[c] = keeps_cluster(score[c], threshold);
     if (budget >= 0) apply_budget(score, start, clusters, budget, kept);
     counts[i] = 0;
     for (int64_t c = 0; c < clusters; ++c)

@@ -66,6 +66,12 @@ struct ShareParams {
 
 void centroid_scores(const ShareParams& params, const Executor& executor);
 
+// Whether a cluster of this score stays: scored (not negative, no NaN), and strictly above the
+// threshold, at which 0 or less keeps all.
+inline bool keeps_cluster(float score, double threshold) {
+  return score >= 0.0f && (threshold <= 0.0 || double{score} > threshold);
+}
+
 // keep[heads, tiles, clusters] from scores of the same shape (negative: not scored, never kept):
 // strictly above the threshold, all scored ones if it is 0 or less; of those, if budget >= 0, the
 // best clusters whose keys together do not exceed it, but always one. counts[heads, tiles] become

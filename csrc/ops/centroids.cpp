@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// sparse_attn::nearest_centroids, cluster_members, cluster_means, centroid_scores and
-// centroid_lists on the CPU.
+// sparse_attn::nearest_centroids, cluster_members, cluster_means, centroid_scores, centroid_lists
+// and centroid_lookup on the CPU.
 #include "../cpu/centroids.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <numeric>
@@ -208,6 +209,39 @@ std::tuple<Tensor, Tensor, Tensor> centroid_lists_cpu(const Tensor scores, const
   STD_TORCH_CHECK(valid, "sparse_attn::", op, ": members of a head are not distinct keys in [0, ",
                   n, ")");
   return {keep, counts, indices};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_lookup_cpu(
+    const Tensor q, const Tensor centroids, const Tensor counts, const Tensor indptr,
+    const Tensor members, const std::optional<Tensor> parents,
+    const std::optional<Tensor> coarse_centroids, const std::optional<Tensor> coarse_counts,
+    int64_t tile_rows, double softmax_scale, bool reduce_max, double threshold, int64_t budget,
+    double coarse_threshold) {
+  STD_TORCH_CHECK(parents.has_value() == coarse_centroids.has_value() &&
+                      parents.has_value() == coarse_counts.has_value(),
+                  "sparse_attn::centroid_lookup: parents, coarse_centroids and coarse_counts come "
+                  "together or not at all");
+  std::optional<Tensor> kept;
+  if (parents.has_value()) {
+    const Tensor scores = centroid_scores_cpu(q, *coarse_centroids, *coarse_counts, std::nullopt,
+                                              std::nullopt, tile_rows, softmax_scale, reduce_max);
+    kept = torch::stable::new_empty(scores, scores.sizes(), ScalarType::Bool);
+    std::transform(data<float>(scores), data<float>(scores) + scores.numel(), written<bool>(*kept),
+                   [&](float score) { return cpu::keeps_cluster(score, coarse_threshold); });
+  }
+  const Tensor scores = centroid_scores_cpu(q, centroids, counts, parents, kept, tile_rows,
+                                            softmax_scale, reduce_max);
+  auto [keep, sizes, indices] = centroid_lists_cpu(scores, indptr, members, threshold, budget);
+  const int64_t tiles = scores.size(2), lists = scores.size(0) * scores.size(1);
+  Tensor ranges = torch::stable::new_empty(sizes, {scores.size(0), scores.size(1), tiles + 1});
+  auto* to = written<int64_t>(ranges);
+  const auto* size = data<int64_t>(sizes);
+  int64_t end = 0;
+  for (int64_t i = 0; i < lists; ++i) {
+    *to++ = end;
+    for (int64_t t = 0; t < tiles; ++t) *to++ = end += *size++;
+  }
+  return {keep, sizes, ranges, indices};
 }
 
 }  // namespace sparse_attn::ops

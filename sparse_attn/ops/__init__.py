@@ -18,6 +18,7 @@ from sparse_attn.ops.blocks import (
 )
 from sparse_attn.ops.centroids import (
     centroid_lists,
+    centroid_lookup,
     centroid_scores,
     cluster_means,
     cluster_members,
@@ -45,6 +46,7 @@ __all__ = [
     "block_top_p",
     "cell_block_sums",
     "centroid_lists",
+    "centroid_lookup",
     "centroid_scores",
     "cluster_means",
     "cluster_members",

@@ -64,6 +64,50 @@ def centroid_lists(
     return keep, counts, indices
 
 
+def centroid_lookup(
+    q: Tensor,
+    centroids: Tensor,
+    counts: Tensor,
+    indptr: Tensor,
+    members: Tensor,
+    *,
+    parents: Tensor | None,
+    coarse_centroids: Tensor | None,
+    coarse_counts: Tensor | None,
+    tile_rows: int,
+    softmax_scale: float,
+    reduce_max: bool,
+    threshold: float,
+    budget: int,
+    coarse_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`selection.centroid_lists` of `selection.centroid_scores`, one call: decoding waits for it.
+
+    With parents, first the coarse clusters are scored, and those that pass the coarse threshold are
+    `kept`. Budget -1 for none.
+
+    Returns:
+        (keep, counts, offsets of the lists int64 [batch, heads, tiles + 1], keys).
+    """
+    keep, sizes, ranges, indices = OPS.centroid_lookup(
+        q,
+        centroids,
+        counts,
+        indptr,
+        members,
+        parents,
+        coarse_centroids,
+        coarse_counts,
+        tile_rows,
+        softmax_scale,
+        reduce_max,
+        threshold,
+        budget,
+        coarse_threshold,
+    )
+    return keep, sizes, ranges, indices
+
+
 @torch.library.register_fake("sparse_attn::nearest_centroids")  # type: ignore[untyped-decorator]
 def _nearest_centroids_fake(keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return (
@@ -107,5 +151,29 @@ def _centroid_lists_fake(
     return (
         torch.empty_like(scores, dtype=torch.bool),
         scores.new_empty(scores.shape[:3], dtype=torch.int64),
+        members.new_empty(total),
+    )
+
+
+@torch.library.register_fake("sparse_attn::centroid_lookup")  # type: ignore[untyped-decorator]
+def _centroid_lookup_fake(
+    q: Tensor,
+    centroids: Tensor,
+    counts: Tensor,
+    indptr: Tensor,
+    members: Tensor,
+    parents: Tensor | None,
+    coarse_centroids: Tensor | None,
+    coarse_counts: Tensor | None,
+    tile_rows: int,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = (q.shape[2] + tile_rows - 1) // tile_rows
+    lead = counts.shape[:2]
+    total = torch.library.get_ctx().new_dynamic_size()
+    return (
+        counts.new_empty((*lead, tiles, counts.shape[2]), dtype=torch.bool),
+        indptr.new_empty((*lead, tiles)),
+        indptr.new_empty((*lead, tiles + 1)),
         members.new_empty(total),
     )

@@ -31,12 +31,13 @@ _SOLID = 12  # chosen keys that make a granule a block
 _CHECKS = 2  # rows of a tile that check its choice: the middles of its halves
 _LEVELS = 126  # quarter octaves that are told apart
 
-# 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT: estimated mass that realises a recall. Fitted on
-# the help topics of Python; mean queries see less of a row's tail than is there.
-_FACTOR = 1.95
+# 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT. The exponent was fitted on the help topics of
+# Python: mean queries see less of a row's tail than is there. The factors are a tenth of what the
+# mass itself would need; perplexity needs that much (docs/adaptive.md).
+_FACTOR = 0.19
 _EXPONENT = 1.52
 # 1 - guard = _GUARD * (1 - recall): what a single row may miss.
-_GUARD = 2.5
+_GUARD = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Adaptive(Pattern):
     looks at a few keys gets a few, one that looks everywhere gets most. Two rows of the tile check
     the choice: rows that disagree (each row of a retrieval head looks somewhere else) have a mean
     that says nothing, and their tile grows until both rows are served. The first keys and those
-    near the tile are kept in any case, and count for nothing in the share: the first key often
-    holds most of the mass and gives next to no value, and would hide the keys that make the output.
+    near the tile are kept in any case. The first key often holds most of the mass and gives next to
+    no value, and what is left must still make the output: so `recall` is a floor, and a tile keeps
+    a larger share of the mass than it says (0.95: about 0.99).
 
     For a tile of m rows of a head, with S the sum of its query rows, q_c each of its rows m // 4
     and 3 m // 4, and keys j below `limit` (the position of the last row plus 1 where attention is
@@ -64,23 +66,20 @@ class Adaptive(Pattern):
 
     * forced: the first `sink` keys, the `window` keys before the position of the tile's first row,
       and those at the positions of its rows;
-    * then levels of the other keys from the best on, whole, until the weight of those kept is at
-      least ceil(mass * weight of all of them below the limit) and either check weight at least
+    * then levels of the other keys from the best on, whole, until the weight of all that is kept is
+      at least ceil(mass * weight of all keys below the limit) and either check weight at least
       ceil(guard * that check weight of all of them); if the latter held before the last of these
       levels, that level gives only as many keys as the former needs, by index ascending. Here
 
-          1 - mass = 1.95 (1 - recall) ** 1.52,    1 - guard = 2.5 (1 - recall),
+          1 - mass = 0.19 (1 - recall) ** 1.52,    1 - guard = 0.2 (1 - recall);
 
-      each at least 0: the estimated mass that realises `recall`, for a mean query sees less of the
-      tail than its rows do;
     * all keys below the limit, if the largest x_j is not finite. A NaN has level 125.
 
     Aligned granules of 16 keys of which 12 or more (or all that are below the limit) are kept
     become blocks, and so wholly visible; all other kept keys are columns.
 
     Attributes:
-        recall: share of the softmax mass outside the forced keys that stays, in (0, 1]; the share
-            of a row's whole mass is larger.
+        recall: share of the softmax mass that stays at least, in (0, 1], in the mean over rows.
         block_m: rows of a tile, 1 or a multiple of 16.
         sink: forced first keys, in tokens.
         window: forced keys before a tile, in tokens.
@@ -272,7 +271,6 @@ def _choose(
         return x.bool()
     level, weight, top = _levels(x, below)
     _, check_weight, _ = _levels(check, below & seen)
-    weight, check_weight = weight.masked_fill(forced, 0), check_weight.masked_fill(forced, 0)
     target = (mass * weight.sum(-1, keepdim=True).double()).ceil().long()
     check_target = (guard * check_weight.sum(-1, keepdim=True).double()).ceil().long()
     level = level.masked_fill(forced, -1)

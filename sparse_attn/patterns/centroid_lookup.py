@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_attn import ops
 from sparse_attn.index import HeadKind, SparseIndex
 from sparse_attn.lists import indptr_from_counts
 from sparse_attn.patterns.base import (
@@ -23,6 +24,7 @@ from sparse_attn.patterns.base import (
 )
 from sparse_attn.patterns.centroid_index import CentroidIndex, Group
 from sparse_attn.selection import centroid_lists
+from sparse_attn.selection.estimators import native_inputs
 
 
 class Choice(NamedTuple):
@@ -31,11 +33,13 @@ class Choice(NamedTuple):
     Attributes:
         keep: bool [batch, num_heads_kv, tiles, clusters].
         counts: int64 [batch, num_heads_kv, tiles], kept clustered keys.
+        indptr: int64 [batch, num_heads_kv, tiles + 1], offsets into keys.
         keys: int32 [sum of counts], ascending in every tile.
     """
 
     keep: Tensor
     counts: Tensor
+    indptr: Tensor
     keys: Tensor
 
 
@@ -196,9 +200,10 @@ class CentroidLookup(Pattern):
             block_n,
             k.device,
         )
-        counts = choice.counts
+        column_indptr = choice.indptr
         if dense:
-            counts = torch.cat([counts.new_zeros(*lead, dense), counts], -1)
+            counts = torch.cat([choice.counts.new_zeros(*lead, dense), choice.counts], -1)
+            column_indptr = indptr_from_counts(counts)
         built = SparseIndex.from_lists(
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
@@ -207,7 +212,7 @@ class CentroidLookup(Pattern):
             heads=heads,
             block_indptr=block_indptr,
             block_indices=block_indices,
-            column_indptr=indptr_from_counts(counts),
+            column_indptr=column_indptr,
             column_indices=choice.keys,
         )
         return built, choice
@@ -228,6 +233,9 @@ class CentroidLookup(Pattern):
     ) -> Choice:
         """`tiles` choices: of the rows of each tile, or the same choice of all rows for each."""
         rows = tile or max(1, q.shape[2])
+        by_value = self.percentile is None and self.coarse_percentile is None
+        if by_value and (tile is not None or tiles == 1) and native_inputs(q, q):
+            return Choice(*self._look_up(index, q, scale, rows))
         coarse_keep = None
         if self._two_level:
             scores = index.coarse_scores(q, tile_rows=rows, softmax_scale=scale, group=self.group)
@@ -245,10 +253,32 @@ class CentroidLookup(Pattern):
         threshold: float | Tensor = self.threshold or 0.0
         if self.percentile is not None:
             threshold = _quantile([(scores, index.counts)], self.percentile)
-        found = centroid_lists(
+        keep, counts, keys = centroid_lists(
             scores, index.indptr, index.members, threshold=threshold, budget=self.budget
         )
-        return Choice(*found)
+        return Choice(keep, counts, indptr_from_counts(counts), keys)
+
+    def _look_up(
+        self, index: CentroidIndex, q: Tensor, scale: float, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same in one operator, for thresholds that are known: what decoding does a token."""
+        two_level = self._two_level
+        return ops.centroid_lookup(
+            q,
+            index.centroids,
+            index.counts,
+            index.indptr,
+            index.members,
+            parents=index.parents if two_level else None,
+            coarse_centroids=index.coarse_centroids if two_level else None,
+            coarse_counts=index.coarse_counts if two_level else None,
+            tile_rows=rows,
+            softmax_scale=scale,
+            reduce_max=self.group == "max",
+            threshold=self.threshold or 0.0,
+            budget=-1 if self.budget is None else self.budget,
+            coarse_threshold=self.coarse_threshold or 0.0,
+        )
 
 
 def calibrate_threshold(
