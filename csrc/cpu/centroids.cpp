@@ -292,9 +292,8 @@ void centroid_scores(const ShareParams& p, const Executor& executor) {
     space->rows.resize(kTileRows * p.dim);
     return space;
   };
-  deal_with(executor, p.batch * p.num_heads_kv * p.tiles, begin, [&](int64_t i, auto space) {
-    share_tile(p, table, i / p.tiles, i % p.tiles, *space);
-  });
+  deal_with(executor, p.batch * p.num_heads_kv * p.tiles, begin,
+            [&](int64_t i, auto space) { share_tile(p, table, i / p.tiles, i % p.tiles, *space); });
 }
 
 void keep_clusters(const float* scores, const int64_t* indptr, int64_t heads, int64_t tiles,
@@ -304,8 +303,7 @@ void keep_clusters(const float* scores, const int64_t* indptr, int64_t heads, in
     const float* score = scores + i * clusters;
     const int64_t* start = indptr + i / tiles * (clusters + 1);
     bool* kept = keep + i * clusters;
-    for (int64_t c = 0; c < clusters; ++c)
-      kept[c] = keeps_cluster(score[c], threshold);
+    for (int64_t c = 0; c < clusters; ++c) kept[c] = keeps_cluster(score[c], threshold);
     if (budget >= 0) apply_budget(score, start, clusters, budget, kept);
     counts[i] = 0;
     for (int64_t c = 0; c < clusters; ++c)
