@@ -31,13 +31,11 @@ _SOLID = 12  # chosen keys that make a granule a block
 _CHECKS = 2  # rows of a tile that check its choice: the middles of its halves
 _LEVELS = 126  # quarter octaves that are told apart
 
-# 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT. The exponent was fitted on the help topics of
-# Python: mean queries see less of a row's tail than is there. The factors are a tenth of what the
-# mass itself would need; perplexity needs that much (docs/adaptive.md).
-_FACTOR = 0.19
-_EXPONENT = 1.52
-# 1 - guard = _GUARD * (1 - recall): what a single row may miss.
-_GUARD = 0.2
+# 1 - mass = _FACTOR * (1 - recall) ** _EXPONENT: estimated mass that realises a recall, for mean
+# queries see less of a row's tail than is there; and likewise what a checking row may miss. Fitted
+# on SmolLM2-135M and the help topics of Python (docs/adaptive.md).
+_FACTOR, _EXPONENT = 5.4, 1.64
+_GUARD_FACTOR, _GUARD_EXPONENT = 1.78, 1.08
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class Adaptive(Pattern):
     looks at a few keys gets a few, one that looks everywhere gets most. Two rows of the tile check
     the choice: rows that disagree (each row of a retrieval head looks somewhere else) have a mean
     that says nothing, and their tile grows until both rows are served. The first keys and those
-    near the tile are kept in any case. The first key often holds most of the mass and gives next to
-    no value, and what is left must still make the output: so `recall` is a floor, and a tile keeps
-    a larger share of the mass than it says (0.95: about 0.99).
+    near the tile are kept in any case. Where they hold more of the mass than was asked for, more of it
+    is kept. The first key often holds most and gives next to no value, and what is left must still
+    make the output, so the default is high.
 
     For a tile of m rows of a head, with S the sum of its query rows, q_c each of its rows m // 4
     and 3 m // 4, and keys j below `limit` (the position of the last row plus 1 where attention is
@@ -71,15 +69,17 @@ class Adaptive(Pattern):
       ceil(guard * that check weight of all of them); if the latter held before the last of these
       levels, that level gives only as many keys as the former needs, by index ascending. Here
 
-          1 - mass = 0.19 (1 - recall) ** 1.52,    1 - guard = 0.2 (1 - recall);
+          1 - mass = 5.4 (1 - recall) ** 1.64,    1 - guard = 1.78 (1 - recall) ** 1.08,
 
+      each at least 0: what realises `recall` in the mean over rows, for a mean query sees less of
+      the tail than its rows do;
     * all keys below the limit, if the largest x_j is not finite. A NaN has level 125.
 
     Aligned granules of 16 keys of which 12 or more (or all that are below the limit) are kept
     become blocks, and so wholly visible; all other kept keys are columns.
 
     Attributes:
-        recall: share of the softmax mass that stays at least, in (0, 1], in the mean over rows.
+        recall: share of the softmax mass that stays, in the mean over rows, in (0, 1].
         block_m: rows of a tile, 1 or a multiple of 16.
         sink: forced first keys, in tokens.
         window: forced keys before a tile, in tokens.
@@ -90,13 +90,13 @@ class Adaptive(Pattern):
 
     Example:
         >>> Adaptive().recall
-        0.95
+        0.98
 
     Source:
         This project; docs/adaptive.md has the experiments.
     """
 
-    recall: float = 0.95
+    recall: float = 0.98
     block_m: int = 128
     sink: int = 4
     window: int = 128
@@ -113,7 +113,7 @@ class Adaptive(Pattern):
         if not 0 < self.recall <= 1:
             raise ValueError(
                 f"sparse_attn.Adaptive: recall={self.recall} is outside (0, 1]; pass for instance "
-                "0.95."
+                "0.98."
             )
         check_blocks("Adaptive", self.block_m, GRANULE)
         check_int("Adaptive", "sink", self.sink, 0)
@@ -128,7 +128,8 @@ class Adaptive(Pattern):
     @property
     def guard(self) -> float:
         """The share of its checking rows' mass that a tile keeps."""
-        return max(0.0, 1.0 - _GUARD * (1.0 - self.recall))
+        missing: float = _GUARD_FACTOR * (1.0 - self.recall) ** _GUARD_EXPONENT
+        return max(0.0, 1.0 - missing)
 
     def band_rows(self, q: Tensor, k: Tensor) -> int | None:
         """See `Pattern.band_rows`: a tile lists at most 11 of 16 keys as columns."""

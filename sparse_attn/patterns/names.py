@@ -61,7 +61,7 @@ def resolve(
             mass), "sparge" (0.98 of the mass), "quest" (decoding, 2048 keys), "anchor_attention"
             (superblocks of 2048 rows, theta 12), "dilated" (sink 1024, every second of 8192
             diagonals), "strided_blocks" (32 local blocks of 64, every eighth column of blocks),
-            "adaptive" (0.95 of the mass); or a list with one of these per query head; or a dict
+            "adaptive" (0.98 of the mass); or a list with one of these per query head; or a dict
             from every query head to one of these.
         num_heads: query heads, which a list or a PerHead must fit.
 
