@@ -47,7 +47,7 @@ class Adaptive(Pattern):
     looks at a few keys gets a few, one that looks everywhere gets most. Two rows of the tile check
     the choice: rows that disagree (each row of a retrieval head looks somewhere else) have a mean
     that says nothing, and their tile grows until both rows are served. The first keys and those
-    near the tile are kept in any case. Where they hold more of the mass than was asked for, more of it
+    near the tile are kept in any case; where they hold more of the mass than was asked for, so much
     is kept. The first key often holds most and gives next to no value, and what is left must still
     make the output, so the default is high.
 
